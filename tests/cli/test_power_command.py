@@ -21,7 +21,14 @@ def said(capsys: pytest.CaptureFixture[str], *words: str, status: int = 0) -> st
 
 def test_help_names_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
     printed = said(capsys, "--help")
-    for flag in ("--difference", "--power", "--confidence", "--measure", "--tokens"):
+    for flag in (
+        "--difference",
+        "--power",
+        "--confidence",
+        "--measure",
+        "--tokens",
+        "--differences",
+    ):
         assert flag in printed
 
 
@@ -32,6 +39,7 @@ def test_help_names_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
         (["a", "b"], "reseed power takes one sweep, the pilot; got a, b"),
         (["nothing"], "there is no sweep nothing in sweeps/."),
         (["a", "--difference", "x"], "argument --difference: invalid float value: 'x'"),
+        (["a", "--differences", "x"], "argument --differences: invalid int value: 'x'"),
         (["a", "--tokens", "1.5"], "--tokens: must be integers, as in 4_000_000,8e6; got '1.5'"),
         (["a", "seed=3"], "`seed` cannot be set for named runs and sweeps"),
     ],

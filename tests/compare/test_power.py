@@ -14,6 +14,7 @@ from reseed.compare.power import (
     welch_power,
 )
 from reseed.compare.registry import Interval
+from reseed.compare.statistics import at_level, seed_interval
 
 
 @pytest.mark.parametrize(("n", "units"), [(3, 6.07), (5, 4.66), (9, 4.25)])
@@ -92,6 +93,15 @@ def test_three_seeds_are_the_fewest_and_a_hundred_thousand_the_most():
     assert seeds_needed(50, 0.05) is None
 
 
+def test_an_interval_at_another_level_is_that_of_the_same_pairs():
+    pairs = np.array([[9, 0.4, 0.5], [0.4, 9, 0.3], [0.5, 0.3, 9]])
+    found = at_level(seed_interval(pairs, 0.95), 0.8, "logit")
+    wanted = seed_interval(pairs, 0.8)
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high))
+    none = seed_interval(np.zeros((3, 3)))
+    assert at_level(none, 0.8, "logit") == none
+
+
 def estimate(logit, error, n=3):
     """Return an estimate with this mean and standard error on the logit scale."""
     mean = float(special.expit(logit))
@@ -122,20 +132,25 @@ def test_the_budgets_have_no_unit():
     assert (few.low, few.mean, few.high) == pytest.approx((many.low, many.mean, many.high))
 
 
-def test_two_budgets_give_the_interval_of_a_simulation_over_all_bends():
+def test_two_budgets_give_the_union_of_the_intervals_of_all_bends():
     """From budgets 1 and 2 to 4: y = y₂ + r(y₂ − y₁), where r is 1 for a line in log t (λ = 0) and
-    1/2 for one in 1/t (λ = −1). The predicted mean has the mean of both sampling variances."""
+    1/2 for one in 1/t (λ = −1). The predicted mean has the mean of both sampling variances. The
+    median is that of a simulation in which every λ is equally frequent."""
     found = predict_budget([1, 2], [estimate(-1, 0.2, 3), estimate(0, 0.3, 5)], 4)
-    rng, draws = np.random.default_rng(0), 400_000
     powers = np.linspace(-1, 0, 21)
     powers[-1] = -1e-9  # the limit is log t
-    r = ((4**powers - 2**powers) / (2**powers - 1))[rng.integers(0, 21, draws)]
+    r = (4**powers - 2**powers) / (2**powers - 1)
     assert (r.min(), r.max()) == pytest.approx((0.5, 1))
     parts = np.stack([(r**2 + 0.5) * 0.04, ((1 + r) ** 2 + 0.5) * 0.09])
     freedom = parts.sum(0) ** 2 / (parts[0] ** 2 / 2 + parts[1] ** 2 / 4)
-    drawn = r + rng.standard_t(freedom) * np.sqrt(parts.sum(0))  # y₂ is 0 and y₁ is −1
-    wanted = special.expit(np.quantile(drawn, [0.025, 0.5, 0.975]))
-    assert (found.low, found.mean, found.high) == pytest.approx(tuple(wanted), abs=0.004)
+    error = np.sqrt(parts.sum(0))
+    reach = stats.t.ppf(0.975, freedom) * error  # y₂ is 0 and y₁ is −1
+    ends = special.expit([(r - reach).min(), (r + reach).max()])
+    assert (found.low, found.high) == pytest.approx(tuple(ends), abs=1e-6)
+    rng, draws = np.random.default_rng(0), 400_000
+    i = rng.integers(0, 21, draws)
+    middle = np.median(r[i] + rng.standard_t(freedom[i]) * error[i])
+    assert found.mean == pytest.approx(special.expit(middle), abs=0.004)
     assert found.n == 3
 
 
@@ -150,34 +165,43 @@ def test_scatter_about_the_curve_beyond_the_sampling_errors_widens_the_interval(
     assert width(0.6) > 2 * width(0)
 
 
-def coverage(budgets, n, bend, scatter, studies):
-    """Return how often the interval contains the mean of n seeds at the predicted budget.
+def coverage(budgets, n, bend, scatter=0.0, error=0.1, ahead=1, studies=400):
+    """Return how often the interval contains the mean of n seeds at the predicted budget, which is
+    ``ahead`` doublings beyond the largest.
 
-    Means are normal about the curve with the standard error .1; ``scatter`` moves each budget off
-    the curve. The standard errors are those of n seeds.
+    Means are normal about the curve with the standard error ``error``; ``scatter`` moves each
+    budget off the curve. The standard errors are those of n seeds.
     """
     rng = np.random.default_rng(0)
-    tokens = [60_000 * 2**i for i in range(budgets + 1)]
+    tokens = [60_000 * 2**i for i in range(budgets)]
+    at = tokens[-1] * 2**ahead
     covered = 0
     for _ in range(studies):
-        logits = curve(tokens, bend) + rng.normal(0, np.hypot(0.1, scatter), budgets + 1)
-        errors = 0.1 * np.sqrt(rng.chisquare(n - 1, budgets) / (n - 1))
+        logits = curve([*tokens, at], bend) + rng.normal(0, np.hypot(error, scatter), budgets + 1)
+        errors = error * np.sqrt(rng.chisquare(n - 1, budgets) / (n - 1))
         made = [estimate(y, e, n) for y, e in zip(logits[:-1], errors, strict=True)]
-        found = predict_budget(tokens[:-1], made, tokens[-1])
+        found = predict_budget(tokens, made, at)
         covered += found.low <= special.expit(logits[-1]) <= found.high
     return covered / studies
 
 
-@pytest.mark.parametrize(("budgets", "bend"), [(2, -0.5), (4, 0)])
-def test_the_interval_covers_what_is_measured_at_the_predicted_budget(budgets, bend):
-    assert coverage(budgets, 3, bend, 0, 200) > 0.95 - 3 * sqrt(0.95 * 0.05 / 200)
+@pytest.mark.parametrize(
+    ("budgets", "bend", "error", "ahead"),
+    [(2, 0, 0.002, 1), (2, 0, 0.01, 2), (2, 0, 0.03, 2), (2, -1, 0.01, 1), (4, 0, 0.1, 1)],
+)
+def test_the_interval_covers_what_is_measured_at_the_predicted_budget(budgets, bend, error, ahead):
+    found = coverage(budgets, 3, bend, 0, error, ahead, studies=200)
+    assert found > 0.95 - 3 * sqrt(0.95 * 0.05 / 200)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("budgets", "n", "bend", "scatter"),
-    [(2, 3, -1, 0), (3, 3, 0, 0), (4, 3, 0, 0.1), (4, 5, -1, 0.1)],
-)
-def test_the_coverage_is_kept_at_the_ends_of_the_family_and_with_scatter(budgets, n, bend, scatter):
-    studies = 400
-    assert coverage(budgets, n, bend, scatter, studies) > 0.95 - 3 * sqrt(0.95 * 0.05 / studies)
+    ("budgets", "n", "bend", "scatter", "error", "ahead"),
+    [(2, 3, -1, 0, 0.1, 1), (3, 3, 0, 0, 0.1, 1), (4, 3, 0, 0.1, 0.1, 1), (4, 5, -1, 0.1, 0.1, 1),
+     (3, 3, 0, 0, 0.06, 3), (3, 3, 0, 0, 0.006, 3), (4, 3, 0, 0, 0.06, 3), (5, 3, 0, 0, 0.06, 2)],
+)  # fmt: skip
+def test_the_coverage_is_kept_at_the_ends_of_the_family_far_ahead_and_with_scatter(
+    budgets, n, bend, scatter, error, ahead
+):
+    found = coverage(budgets, n, bend, scatter, error, ahead)
+    assert found > 0.95 - 3 * sqrt(0.95 * 0.05 / 400)

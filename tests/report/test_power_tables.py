@@ -13,7 +13,8 @@ from reseed.compare.config import ComparisonConfig
 from reseed.compare.power import seeds_needed
 from reseed.compare.registry import Interval
 from reseed.errors import ConfigError, ReseedError
-from reseed.report.power import Question, power_result, run_seconds
+from reseed.report.power import power_result, run_seconds
+from reseed.report.power_tables import Question
 from reseed.report.terminal import print_tables
 from reseed.store.sweeps import Sweep
 from reseed.study.result import StudyResult
@@ -80,12 +81,12 @@ def test_sharing_on_a_curve_is_predicted_exactly(pilot):
 
 
 def test_the_check_does_not_see_the_largest_budget(pilot):
-    cells = pilot()
+    cells = pilot(error=0.002)
     i = len(BUDGETS) - 1
     knobs, cell = cells[i]
-    low = Interval(0.1, 0.05, 0.15, 0.012, 3)
+    low = Interval(0.1, 0.05, 0.15, 0.002, 3)
     cells[i] = (knobs, replace(cell, estimates=cell.estimates | {"shared_fraction": low}))
-    before, after = (power_result(one, {}, SHARED) for one in (pilot(), cells))
+    before, after = (power_result(one, {}, SHARED) for one in (pilot(error=0.002), cells))
     columns = ["predicted", "predicted_low", "predicted_high"]
     assert (after.budgets[columns].iloc[0] == before.budgets[columns].iloc[0]).all()
     assert after.budgets["within"].dropna().tolist() == [False, True]
@@ -122,11 +123,8 @@ def test_runs_of_a_group_share_its_seconds_by_their_tokens(pilot):
 
 def test_the_tables_fit_into_80_columns_and_state_what_they_assume(pilot):
     cells = pilot(error=0.02)
-    text = StringIO()
-    console = Console(file=text, width=80, force_terminal=True, color_system=None)
     found = power_result(cells, records_of(cells, 0.001), SHARED)
-    print_tables(found.tables, console=console)
-    shown = text.getvalue()
+    shown = printed(found, 80)
     assert max(map(len, shown.splitlines())) <= 80
     assert "not shown" not in shown
     words = " ".join(shown.split())
@@ -162,7 +160,9 @@ def test_a_cell_without_a_spread_says_why(pilot):
     found = power_result(cells, {}, SHARED)
     assert found.seeds["note"].tolist() == [reason] + [""] * 7
     assert found.tables[0].rows[0][-2] == "–"
-    assert reason in str(found).replace("\n", " ")
+    words = " ".join(str(found).split())
+    assert f"no spread in topk, 62464: {reason}." in words
+    assert f"not fitted: topk, 62464 tokens: {reason}." in words
     assert found.budgets["fitted"].tolist() == [2, 3, 3, 3, 4, 4]  # without the first budget
 
 
@@ -185,6 +185,14 @@ def test_a_pilot_of_two_seeds_or_of_chosen_values_is_refused(pilot):
         ({"power": 0.05}, "`power` must be above 1 − confidence and below 1; got 0.05"),
         ({"confidence": 95}, "`confidence` must be above 0 and below 1; got 95"),
         ({"tokens": (0,)}, "`tokens` must be at least 1; got 0"),
+        ({"tokens": [1e6, 1.5]}, "`tokens` must be an integer; got 1.5"),
+        ({"tokens": "1e6"}, "`tokens` must be an integer; got '1e6'"),
+        ({"tokens": float("inf")}, "`tokens` must be an integer; got inf"),
+        ({"difference": "a"}, "`difference` must be above 0 and below 1; got 'a'"),
+        ({"confidence": "95%"}, "`confidence` must be above 0 and below 1; got '95%'"),
+        ({"power": True}, "`power` must be above 1 − confidence and below 1; got True"),
+        ({"differences": 0}, "`differences` must be at least 1; got 0"),
+        ({"differences": 1.5}, "`differences` must be an integer; got 1.5"),
         ({"measure": "shared_fractoin"}, "got 'shared_fractoin'. Did you mean `shared_fraction`?"),
         ({"measure": "fvu"}, "`measure` must be one of the fractions shared_fraction, "),
     ],
@@ -201,3 +209,127 @@ def test_an_unfinished_sweep_is_refused(pilot, tmp_path):
     result = StudyResult(Sweep(tmp_path), pilot()[0][1].settings, pilot(), {}, [problem])
     with pytest.raises(ReseedError, match=r"not finished \(incomplete: sae=relu: 2 of 3 runs\)"):
         result.power()
+
+
+def printed(found, width):
+    """Return the tables as `reseed power` prints them in a window of this width."""
+    text = StringIO()
+    console = Console(file=text, width=width, force_terminal=True, color_system=None)
+    print_tables(found.tables, console=console, whole=True)
+    return text.getvalue()
+
+
+def test_the_interval_of_the_measure_has_the_level_that_is_asked_for(pilot):
+    """t quantiles of 2 degrees of freedom: 1.8856 at 80%, on the logit scale."""
+    cells = pilot(error=0.02)
+    found = power_result(cells, {}, replace(SHARED, confidence=0.8))
+    for row, (_, cell) in zip(found.seeds.itertuples(), cells, strict=True):
+        mean = cell.estimates["shared_fraction"].mean
+        reach = 1.8856 * 0.02 / (mean * (1 - mean))
+        wanted = special.expit([special.logit(mean) - reach, special.logit(mean) + reach])
+        low, high = row.shared_fraction_low, row.shared_fraction_high
+        assert (low, high) == pytest.approx(tuple(wanted), abs=1e-5)
+        assert f"[{low:.2f}, {high:.2f}]" in str(found)
+
+
+def test_the_seeds_of_m_differences_are_those_of_the_first_step_of_holm(pilot):
+    cells = pilot(error=0.02)
+    found = power_result(cells, {}, replace(SHARED, differences=10))
+    assert (found.seeds["seeds_needed"] == seeds_needed(0.02 * 3**0.5, 0.05, 0.8, 0.995)).all()
+    words = " ".join(str(found).split())
+    assert "Welch's test (two-sided, 99.5% level)" in words
+    assert "for m = 10 differences that are tested together" in words
+    assert "for m = 1 difference, without correction" in " ".join(
+        str(power_result(cells, {}, SHARED)).split()
+    )
+
+
+def test_cells_that_are_no_sample_are_named(pilot):
+    cells = [({**knobs, "arm": "seeds"}, cell) for knobs, cell in pilot()]
+    layers = ComparisonConfig(name="t", grid={"layer": [0, 1]}, pair_by="layer")
+    knobs, cell = cells[0]
+    cells.append(({**knobs, "arm": "layers"}, replace(cell, settings=layers)))
+    words = " ".join(str(power_result(cells, {}, SHARED)).split())
+    assert "left out: topk, 62464, layers. Their pairs differ in layer, whose values" in words
+
+
+def test_data_orders_are_not_called_seeds(pilot):
+    orders = ComparisonConfig(
+        name="t", grid={"dataset.order_seed": [0, 1, 2]}, pair_by="dataset.order_seed"
+    )
+    cells = [(knobs, replace(cell, settings=orders)) for knobs, cell in pilot()]
+    shown = " ".join(str(power_result(cells, {}, SHARED)).split())
+    assert "runs needed" in shown
+    assert "standard deviation per dataset.order_seed" in shown
+
+
+def test_without_an_error_of_the_largest_budget_there_is_no_check(pilot):
+    cells = pilot()
+    i = len(BUDGETS) - 1
+    knobs, cell = cells[i]
+    none = Interval(1.0, None, None, 0.0, 3, "every pair is 1: no interval")
+    cells[i] = (knobs, replace(cell, estimates=cell.estimates | {"shared_fraction": none}))
+    found = power_result(cells, {}, SHARED)
+    topk = found.budgets[found.budgets["sae"] == "topk"]
+    assert topk["tokens"].tolist() == [2 * BUDGETS[-1], 4 * BUDGETS[-1]]
+    words = " ".join(str(found).split())
+    assert "no check for topk: its largest budget, 499968 tokens, has no standard error" in words
+    assert "not fitted: topk, 499968 tokens: every pair is 1: no interval." in words
+    assert "in 1 of 1 curves" in words
+
+
+def test_no_budget_with_an_error_is_said(pilot):
+    words = " ".join(str(power_result(pilot(BUDGETS[:2]), {}, SHARED)).split())
+    assert "Other budgets are not predicted: no row has 3 budgets" in words
+
+
+def test_one_budget_and_whole_floats_are_accepted(pilot):
+    cells = pilot()
+    one, several = (
+        power_result(cells, {}, replace(SHARED, tokens=tokens)).budgets["tokens"].tolist()
+        for tokens in (1_000_000, np.array([1e6, 2e6]))
+    )
+    assert one == [499_968, 1_000_000] * 2
+    assert several == [499_968, 1_000_000, 2_000_000] * 2
+
+
+def test_budgets_beyond_100_times_the_pilots_are_refused(pilot):
+    cells = pilot()
+    for tokens in (49_996_801, 624):
+        with pytest.raises(ConfigError) as error:
+            power_result(cells, {}, replace(SHARED, tokens=(10**6, tokens)))
+        assert "at most 100 times the largest budget of the pilot and at least" in str(error.value)
+        assert f"625 to 49,996,800; got {tokens:,}" in str(error.value)
+    found = power_result(cells, {}, replace(SHARED, tokens=(625, 49_996_800)))
+    assert found.budgets["tokens"].tolist() == [499_968, 625, 49_996_800] * 2
+
+
+def test_no_prediction_is_shown_as_1(pilot):
+    cells = []
+    for knobs, cell in pilot():
+        mean = float(special.expit(special.logit(cell.estimates["shared_fraction"].mean) + 3))
+        own = Interval(mean, mean - 1e-3, mean + 1e-3, 1e-3 * mean * (1 - mean), 3)
+        cells.append((knobs, replace(cell, estimates=cell.estimates | {"shared_fraction": own})))
+    question = replace(SHARED, tokens=(1_000_000, 40_000_000))
+    found = power_result(cells, {}, question)
+    assert (found.budgets["predicted_low"] > 0.995).any()
+    shown = "".join(entry for row in found.tables[1].rows for entry in row)
+    assert "1.00" not in shown
+    assert "1.000" not in shown
+    assert "[0.99" in shown
+
+
+def test_a_narrow_window_leaves_out_the_spread_before_it_breaks_an_interval(pilot):
+    arms = ("the same init, another order", "other init, the same order")
+    cells = [
+        ({"arm": arms[knobs["sae"] == "relu"], **knobs}, cell) for knobs, cell in pilot(error=0.02)
+    ]
+    found = power_result(cells, records_of(cells, 0.001), SHARED)
+    assert "spread" in found.tables[0].header
+    for width in (80, 60):
+        shown = printed(found, width)
+        lines = shown.splitlines()
+        assert max(map(len, lines)) <= width
+        assert "not shown (the window is too narrow): spread" in shown
+        rows = [line for line in lines if "[" in line and "%" not in line]
+        assert all(line.count("[") == line.count("]") for line in rows)

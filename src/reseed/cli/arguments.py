@@ -96,6 +96,9 @@ def power_parser() -> Parser:
         default=(),
         help="budgets to predict, as in 4_000_000,8e6; 2 and 4 times the largest",
     )
+    made.add_argument(
+        "--differences", type=int, default=1, help="differences that are tested together; 1"
+    )
     return made
 
 

@@ -32,5 +32,5 @@ def _main(arguments: Sequence[str]) -> int:
             "run `reseed compare` with the overrides of the sweep first"
         )
     found = read_result(sweep).power(**vars(given))
-    print_tables(found.tables, title=sweep.path.name)
+    print_tables(found.tables, title=sweep.path.name, whole=True)
     return 0

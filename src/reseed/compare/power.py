@@ -23,6 +23,8 @@ _NODES = 32
 """Nodes of each quadrature: the smallest visible difference is then right to 1e-4 of itself."""
 _BENDS = np.linspace(-1, 0, 21)
 """Powers λ of the tokens in the curves over budgets; see `predict_budget`."""
+_LIKELY = 0.3
+"""Least likelihood of λ, relative to the largest, whose interval is part of a prediction's."""
 MOST_SEEDS = 100_000
 """The largest number of seeds that is looked for."""
 
@@ -143,11 +145,13 @@ def predict_budget(
     - with three budgets or more, the variance of the budgets about the curve beyond their sampling
       errors (method of moments, at least 0), for the fitted budgets and for the predicted one.
 
-    These distributions are mixed with the likelihood of λ as weight, given the residuals and the
-    sampling errors; two budgets fit every λ equally well. The result is the median of the mixture
-    with its central interval. The interval holds for curves of this family. Cells of different
-    budgets are taken to be independent; a common effect of the seed (seed_scope=shared) makes the
-    interval too wide.
+    The interval is the union of the intervals of all λ whose likelihood, given the residuals and
+    the sampling errors, is at least `_LIKELY` of the largest, and of the central interval of their
+    mixture with the likelihood as weight. Two budgets fit every λ equally well: the union is then
+    over all λ. (The mixture alone covers .50 to .90 of what is measured if λ is at an end and the
+    errors are small.) The mean is the median of the mixture. The interval holds for curves of this
+    family. Cells of different budgets are taken to be independent; a common effect of the seed
+    (seed_scope=shared) makes the interval too wide.
 
     Args:
         tokens: budgets of the fitted cells, at least two of them distinct.
@@ -158,15 +162,16 @@ def predict_budget(
         the fraction with its interval and without a standard error; ``n`` is the smallest number of
         seeds of the fitted cells.
     """
-    mean = np.array([e.mean for e in estimates])
+    means = np.array([e.mean for e in estimates])
     errors = np.array([e.standard_error for e in estimates], dtype=np.float64)
-    value, sampling = special.logit(mean), np.square(errors / (mean * (1 - mean)))
+    value, sampling = special.logit(means), np.square(errors / (means * (1 - means)))
     freedom = np.array([e.n - 1 for e in estimates])
     # Relative to the geometric mean, so that all powers of the tokens are of moderate size.
     scale = np.exp(np.log(tokens).mean())
     budgets, target = np.asarray(tokens) / scale, at / scale
     fits = [_fitted(power, budgets, value, sampling, freedom, target) for power in _BENDS]
     centre, error, degrees, weight = (np.array(column) for column in zip(*fits, strict=True))
+    likely = weight >= _LIKELY * weight.max()
     weight = weight / weight.sum()
 
     def quantile(level: float) -> float:
@@ -178,8 +183,12 @@ def predict_budget(
         ).root
 
     levels = (0.5 - confidence / 2, 0.5, 0.5 + confidence / 2)
-    low, middle, high = (float(special.expit(quantile(level))) for level in levels)
-    return Interval(middle, low, high, None, int(freedom.min()) + 1)
+    low, middle, high = (quantile(level) for level in levels)
+    reach = error * special.stdtrit(degrees, levels[-1])
+    low = min(low, float((centre - reach)[likely].min()))
+    high = max(high, float((centre + reach)[likely].max()))
+    mean, low, high = map(float, special.expit([middle, low, high]))
+    return Interval(mean, low, high, None, int(freedom.min()) + 1)
 
 
 def _fitted(

@@ -242,6 +242,16 @@ def p_value(difference: Interval) -> float:
     return 2 * float(special.stdtr(difference.degrees_of_freedom, -t))
 
 
+def at_level(estimate: Interval, confidence: float, scale: Scale = "linear") -> Interval:
+    """Return an estimate with the ends of its interval at another level, from its standard error.
+    Without an interval it stays as it is.
+
+    Args:
+        scale: the scale of the interval, "linear" or "logit".
+    """
+    return estimate if estimate.low is None else _bounded(estimate, confidence, scale)
+
+
 def _bounded(estimate: Interval, confidence: float, scale: Scale = "linear") -> Interval:
     """Return an estimate with the ends of its t interval, from its standard error.
 

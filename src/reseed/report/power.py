@@ -3,79 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
-from math import isnan, nan, sqrt
+from math import nan, sqrt
 from typing import Any
 
 import pandas as pd
 from rich.console import Console
 
-from reseed.compare.power import MOST_SEEDS, error_ratios, predict_budget, seeds_needed
-from reseed.compare.registry import Interval, fractions
-from reseed.compare.statistics import MIN_SEEDS
-from reseed.errors import ConfigError, ReseedError, did_you_mean
-from reseed.report.cell_labels import (
-    Cell,
-    amounts,
-    columns,
-    distinguishing_knobs,
-    knob_values,
-    other_knob_values,
-)
-from reseed.report.format import (
-    MISSING,
-    format_bounds,
-    format_number,
-    measure_name,
-    range_text,
-    with_interval,
-)
+from reseed.compare.power import error_ratios, predict_budget, seeds_needed
+from reseed.compare.registry import Interval
+from reseed.compare.statistics import MIN_SEEDS, at_level
+from reseed.errors import ConfigError, ReseedError
+from reseed.report.cell_labels import Cell, amounts, distinguishing_knobs, other_knob_values
 from reseed.report.page.render import table_html
+from reseed.report.power_tables import Question, budgets_table, seeds_table
 from reseed.report.table import Table
 from reseed.report.terminal import print_tables
-from reseed.system.console import format_duration
 
 MIN_BUDGETS = 3
 """Minimum number of budgets for a curve: two smaller ones predict the largest."""
 FURTHER = (2, 4)
-"""Budgets that are predicted by default, as multiples of the largest."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """The difference to be seen, and how surely.
-
-    Attributes:
-        measure: a fraction of the weights of pairs (`registry.fractions`).
-        difference: true difference of two cells, on the scale of the measure.
-        power: probability with which Welch's test finds it.
-        confidence: level of the test (two-sided) and of all intervals.
-        tokens: budgets to predict; by default `FURTHER` times the largest.
-    """
-
-    measure: str
-    difference: float = 0.05
-    power: float = 0.8
-    confidence: float = 0.95
-    tokens: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        for key, low in (("confidence", 0.0), ("difference", 0.0), ("power", 1 - self.confidence)):
-            value = getattr(self, key)
-            if not low < value < 1:
-                words = "1 − confidence" if key == "power" else "0"
-                raise ConfigError(f"{{key}} must be above {words} and below 1; got {value:g}", key)
-        known = fractions()
-        if self.measure not in known:
-            raise ConfigError(
-                f"{{key}} must be one of the fractions {', '.join(known)}; got "
-                f"{self.measure!r}.{did_you_mean(self.measure, known)}",
-                "measure",
-            )
-        for budget in self.tokens:
-            if budget < 1:
-                raise ConfigError(f"{{key}} must be at least 1; got {budget}", "tokens")
+"""Budgets that are predicted by default, as multiples of the largest that was trained."""
+FARTHEST = 100
+"""Most that a predicted budget may exceed the largest of the pilot, or be below the smallest."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,13 +36,14 @@ class PowerResult:
     Attributes:
         question: the difference to be seen.
         seeds: a row per cell: its settings, ``n_seeds`` of the pilot, the measure with its
-            interval, ``spread`` (standard deviation per seed), ``seeds_needed`` with the interval
-            that the uncertain spread gives, ``seconds_per_run``, and ``note``, the reason where
-            there is no answer.
+            interval at the question's level, ``spread`` (standard deviation per seed),
+            ``seeds_needed`` with the interval that the uncertain spread gives,
+            ``seconds_per_run``, and ``note``, the reason where there is no answer.
         budgets: a row per prediction: the settings of the curve, ``tokens``, ``fitted`` (number of
             budgets that the curve was fitted to), ``predicted`` with its interval,
             ``seconds_per_run``; for the check, the largest budget predicted from the smaller ones,
-            also ``measured`` and ``within``. Empty if no curve has `MIN_BUDGETS` budgets.
+            also ``measured`` and ``within``. Empty if no curve has `MIN_BUDGETS` budgets with a
+            standard error.
         tables: both as text, with what they assume.
     """
 
@@ -103,7 +55,7 @@ class PowerResult:
     def __str__(self) -> str:
         """Return the tables as text of at most 100 columns."""
         text = StringIO()
-        print_tables(self.tables, console=Console(file=text, width=100))
+        print_tables(self.tables, console=Console(file=text, width=100), whole=True)
         return text.getvalue().rstrip()
 
     def _repr_html_(self) -> str:
@@ -122,8 +74,42 @@ def power_result(
     Raises:
         ReseedError: no cell has three seeds, runs of a pair differ in more than the seed, or the
             cells were compared without the measure.
-        ConfigError: budgets were given, but no curve has `MIN_BUDGETS` budgets.
+        ConfigError: budgets were given, but no curve has `MIN_BUDGETS` budgets, or one of them is
+            farther than `FARTHEST` from the pilot's.
     """
+    sample = _sample(cells, question.measure)
+    seconds = run_seconds(records)
+    needed = [_seeds_row(knobs, cell, question, seconds) for knobs, cell in sample]
+    curves = _curves(sample)
+    used = {
+        place: with_error
+        for place, curve in curves.items()
+        if len(with_error := _with_error(curve, question.measure)) >= MIN_BUDGETS
+    }
+    _check_budgets(question.budgets, curves if used else {})
+    names = [knob for knob in distinguishing_knobs(sample) if knob != "tokens"]
+    predicted = [
+        row
+        for place, curve in used.items()
+        for row in _budget_rows(
+            dict(zip(names, place, strict=True)), curve, curves[place], question, seconds
+        )
+    ]
+    chosen = [cell for cell in cells if not cell[1].settings.pairs_are_a_sample]
+    tables = [seeds_table(sample, needed, question, chosen)]
+    if predicted:
+        tables.append(budgets_table(names, predicted, curves, used, question))
+    elif curves:
+        none = (
+            f"**Other budgets** are not predicted: no row has {MIN_BUDGETS} budgets with a "
+            "standard error."
+        )
+        tables[0] = replace(tables[0], footnotes=(*tables[0].footnotes, none))
+    return PowerResult(question, pd.DataFrame(needed), pd.DataFrame(predicted), tuple(tables))
+
+
+def _sample(cells: Sequence[Cell], measure: str) -> list[Cell]:
+    """Return the cells whose pairs differ in a random axis; see `power_result` for the errors."""
     sample = [(knobs, cell) for knobs, cell in cells if cell.settings.pairs_are_a_sample]
     if not sample:
         raise ReseedError(
@@ -131,10 +117,9 @@ def power_result(
             "a sample: the seeds that a difference needs follow from pairs that differ only in the "
             "seed (comparison.pair_by=seed)"
         )
-    if any(question.measure not in cell.estimates for _, cell in sample):
+    if any(measure not in cell.estimates for _, cell in sample):
         raise ReseedError(
-            f"this comparison was not measured with {question.measure}: compare again (reseed "
-            "compare)"
+            f"this comparison was not measured with {measure}: compare again (reseed compare)"
         )
     most = max(cell.n_seeds for _, cell in sample)
     if most < MIN_SEEDS:
@@ -142,26 +127,29 @@ def power_result(
             f"a spread needs at least {MIN_SEEDS} seeds in a cell, and the pilot has {most}. "
             "Train more, for example seed=0,1,2"
         )
-    seconds = run_seconds(records)
-    needed = [_seeds_row(knobs, cell, question, seconds) for knobs, cell in sample]
-    curves = _curves(sample, question.measure)
-    if question.tokens and not any(len(curve) >= MIN_BUDGETS for curve in curves.values()):
+    return sample
+
+
+def _check_budgets(
+    budgets: Sequence[int], curves: Mapping[tuple[str, ...], Sequence[Cell]]
+) -> None:
+    """Check that budgets can be predicted from the curves; see `power_result`."""
+    if budgets and not curves:
         raise ConfigError(
             f"{{key}} needs a curve over at least {MIN_BUDGETS} budgets (training.tokens) with "
             "intervals, and the pilot has none",
             "tokens",
         )
-    names = _place_knobs(sample)
-    predicted = [
-        row
-        for place, curve in curves.items()
-        if len(curve) >= MIN_BUDGETS
-        for row in _budget_rows(dict(zip(names, place, strict=True)), curve, question, seconds)
-    ]
-    tables = [_seeds_table(sample, needed, question)]
-    if predicted:
-        tables.append(_budgets_table(sample, predicted, curves, question))
-    return PowerResult(question, pd.DataFrame(needed), pd.DataFrame(predicted), tuple(tables))
+    trained = [budget for curve in curves.values() for budget in amounts(curve, "tokens")]
+    for budget in budgets:
+        low, high = min(trained), max(trained)
+        if not low / FARTHEST <= budget <= high * FARTHEST:
+            raise ConfigError(
+                f"{{key}} must be at most {FARTHEST} times the largest budget of the pilot and at "
+                f"least a {FARTHEST}th of its smallest, {low / FARTHEST:,.0f} to "
+                f"{high * FARTHEST:,.0f}; got {budget:,}",
+                "tokens",
+            )
 
 
 def run_seconds(records: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -188,7 +176,7 @@ def _seeds_row(
     knobs: Mapping[str, Any], cell: Any, question: Question, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
     """Return a row of `PowerResult.seeds`."""
-    found: Interval = cell.estimates[question.measure]
+    found: Interval = at_level(cell.estimates[question.measure], question.confidence, "logit")
     took = [seconds[run] for run in cell.runs["run"] if run in seconds]
     row: dict[str, Any] = {
         **knobs, "n_seeds": cell.n_seeds, question.measure: found.mean,
@@ -200,7 +188,7 @@ def _seeds_row(
         spread = found.standard_error * sqrt(found.n)
         low, high = error_ratios(found.n, question.confidence)
         ends = [
-            seeds_needed(spread * factor, question.difference, question.power, question.confidence)
+            seeds_needed(spread * factor, question.difference, question.power, question.level)
             for factor in (1, 1 / high, 1 / low)
         ]
     elif not note:
@@ -210,14 +198,8 @@ def _seeds_row(
     return row | {"seconds_per_run": sum(took) / len(took) if took else nan, "note": note}
 
 
-def _place_knobs(cells: Sequence[Cell]) -> list[str]:
-    """Return the knobs that distinguish curves over budgets."""
-    return [knob for knob in distinguishing_knobs(cells) if knob != "tokens"]
-
-
-def _curves(cells: Sequence[Cell], measure: str) -> dict[tuple[str, ...], list[Cell]]:
-    """Return the cells of each curve over budgets, ascending, by the other knobs that vary; only
-    cells whose estimate has a standard error."""
+def _curves(cells: Sequence[Cell]) -> dict[tuple[str, ...], list[Cell]]:
+    """Return the cells of each curve over budgets, ascending, by the other knobs that vary."""
     if "tokens" not in distinguishing_knobs(cells):
         return {}
     try:
@@ -226,18 +208,22 @@ def _curves(cells: Sequence[Cell], measure: str) -> dict[tuple[str, ...], list[C
         return {}
     found: dict[tuple[str, ...], list[tuple[float, Cell]]] = {}
     for place, budget, cell in zip(other_knob_values(cells, "tokens"), budgets, cells, strict=True):
-        curve = found.setdefault(place, [])
-        if cell[1].estimates[measure].standard_error:
-            curve.append((budget, cell))
+        found.setdefault(place, []).append((budget, cell))
     return {
         place: [cell for _, cell in sorted(curve, key=lambda entry: entry[0])]
         for place, curve in found.items()
     }
 
 
+def _with_error(curve: Sequence[Cell], measure: str) -> list[Cell]:
+    """Return the cells whose estimate has a standard error above 0."""
+    return [cell for cell in curve if cell[1].estimates[measure].standard_error]
+
+
 def _budget_rows(
     place: Mapping[str, str],
     curve: Sequence[Cell],
+    trained: Sequence[Cell],
     question: Question,
     seconds: Mapping[str, float],
 ) -> list[dict[str, Any]]:
@@ -245,8 +231,11 @@ def _budget_rows(
 
     Args:
         place: value of each other knob that varies.
+        curve: the cells with a standard error.
+        trained: all cells of the curve. Without a standard error of the largest budget there is no
+            check.
     """
-    tokens = amounts(curve, "tokens")
+    tokens, largest = amounts(curve, "tokens"), amounts(trained, "tokens")[-1]
     estimates = [cell.estimates[question.measure] for _, cell in curve]
     took = [
         (seconds[run], budget)
@@ -268,103 +257,8 @@ def _budget_rows(
             "seconds_per_run": rate * budget,
         }  # fmt: skip
 
-    further = question.tokens or [factor * tokens[-1] for factor in FURTHER]
-    check = row(tokens[-1], len(tokens) - 1, estimates[-1])
-    return [check, *(row(budget, len(tokens)) for budget in further)]
-
-
-def _seeds_table(
-    cells: Sequence[Cell], rows: Sequence[Mapping[str, Any]], question: Question
-) -> Table:
-    name, level = measure_name(question.measure), f"{question.confidence:.0%}"
-    knobs = columns(cells)
-    found = [cell.estimates[question.measure] for _, cell in cells]
-    header = (*knobs, "n", f"{name}\n[{level}]", "spread", f"seeds needed\n[{level}]", "time")
-    entries = tuple(
-        (*knob_values(knobs, own), str(row["n_seeds"]), with_interval(estimate),
-         _spread_text(row["spread"]), _seeds_text(row), _time(row, row["seeds_needed"]))
-        for (own, _), estimate, row in zip(cells, found, rows, strict=True)
-    )  # fmt: skip
-    n = min((row["n_seeds"] for row in rows if not isnan(row["spread"])), default=MIN_SEEDS)
-    low, high = error_ratios(n, question.confidence)
-    reasons = dict.fromkeys(str(row["note"]) for row in rows if row["note"])
-    footnotes = (
-        f"**seeds needed**: seeds in this row, and as many in another of equal spread, with which "
-        f"Welch's test (two-sided, {level} level) finds a true difference of "
-        f"{question.difference:g} in {question.power:.0%} of studies; at least {MIN_SEEDS}. For "
-        "two rows of different spread the larger of their numbers suffices.",
-        f"**spread**: standard deviation per seed: the standard error times √n. Its estimate from "
-        f"n = {n} seeds is {low:.2f} to {high:.2f} times the true one ({level}, χ²): the interval "
-        "of the seeds needed is for this range.",
-        "Assumed: the standard error falls with 1/√n. For a mean over pairs of seeds this holds "
-        "to leading order. The means are taken to be normal.",
-        "**time**: training of so many runs, at the seconds per token of the pilot, on its "
-        "machine. A group's seconds are divided among its runs by tokens. Calibration and "
-        "measuring are not counted.",
-        *(f"**{reason}**" for reason in reasons),
-    )
-    caption = f"seeds needed to see a difference of {question.difference:g} in {name}"
-    return Table(header, entries, len(knobs), caption, footnotes, ("spread",))
-
-
-def _spread_text(spread: float) -> str:
-    """Return ``0.013``: most spreads are small, so that two decimals would not do."""
-    return f"{spread:.3f}" if 0.001 <= spread < 1 else format_number(spread)
-
-
-def _seeds_text(row: Mapping[str, Any]) -> str:
-    """Return ``9 [4, 163]``; `MISSING` without a spread."""
-    if isnan(row["spread"]):
-        return MISSING
-    names = ("seeds_needed", "seeds_needed_low", "seeds_needed_high")
-    best, low, high = (f">{MOST_SEEDS:,}" if row[n] is None else f"{row[n]:,}" for n in names)
-    return f"{best} [{low}, {high}]"
-
-
-def _time(row: Mapping[str, Any], runs: int | None) -> str:
-    if runs is None or isnan(row["seconds_per_run"]):
-        return MISSING
-    return format_duration(runs * row["seconds_per_run"])
-
-
-def _budgets_table(
-    cells: Sequence[Cell],
-    rows: Sequence[Mapping[str, Any]],
-    curves: Mapping[tuple[str, ...], Sequence[Cell]],
-    question: Question,
-) -> Table:
-    name, level = measure_name(question.measure), f"{question.confidence:.0%}"
-    knobs = _place_knobs(cells)
-    header = (*knobs, "tokens", "from", f"predicted\n[{level}]", "measured", "within", "one run")
-    entries = tuple(
-        (*(row[knob] for knob in knobs), f"{row['tokens']:,}", f"{row['fitted']} budgets",
-         f"{format_number(row['predicted'])} "
-         f"{format_bounds(row['predicted_low'], row['predicted_high'])}",
-         format_number(row["measured"]), {None: "", True: "yes", False: "no"}[row["within"]],
-         _time(row, 1))
-        for row in rows
-    )  # fmt: skip
-    checks = [row["within"] for row in rows if row["within"] is not None]
-    counts = range_text(row["n_seeds"] for row in rows)
-    footnotes = [
-        f"**Check**: the smaller budgets predict the largest within the interval in "
-        f"{sum(checks)} of {len(checks)} curves. A wide interval holds much: this does not show "
-        "that the curve is right.",
-        f"**predicted**: mean over n = {counts} seeds at this budget. Logit S is taken to be a "
-        "line in log tokens (it grows with every doubling), in 1/tokens (it levels off) or "
-        "between, weighted by how well each fits. The interval contains this choice, the sampling "
-        "errors of the fitted budgets and of the predicted one, and, from three fitted budgets "
-        "on, their scatter about the curve. It does not contain curves of another shape.",
-    ]
-    if any(row["fitted"] == 2 for row in rows):
-        footnotes.append(
-            "Two budgets fit all of these curves, so **from 2 budgets** all have the same weight."
-        )
-    short = [", ".join(place) for place, curve in curves.items() if len(curve) < MIN_BUDGETS]
-    if short:
-        footnotes.append(
-            f"**no curve** for {'; '.join(short)}: fewer than {MIN_BUDGETS} budgets with a "
-            "standard error."
-        )
-    caption = f"{name} at other budgets, from the curve over training.tokens"
-    return Table(header, entries, len(knobs) + 1, caption, tuple(footnotes), ("one run",))
+    further = question.budgets or [factor * largest for factor in FURTHER]
+    rows = [row(budget, len(tokens)) for budget in further]
+    if tokens[-1] < largest:
+        return rows
+    return [row(tokens[-1], len(tokens) - 1, estimates[-1]), *rows]

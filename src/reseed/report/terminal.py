@@ -38,40 +38,55 @@ def print_summary(
 
 
 def print_tables(
-    tables: Sequence[Table], *, title: str = "", console: Console | None = None
+    tables: Sequence[Table],
+    *,
+    title: str = "",
+    console: Console | None = None,
+    whole: bool = False,
 ) -> None:
-    """Print tables one below the other, fitted as by `print_summary`."""
+    """Print tables one below the other, fitted as by `print_summary`.
+
+    Args:
+        whole: the tables are in no file. Spare columns are left out before any entry is broken
+            over lines, and names are before numbers and intervals.
+    """
     console = console or Console()
     for i, table in enumerate(tables):
         if i:
             console.print()
-        print_table(table, console, "" if i else title)
+        print_table(table, console, "" if i else title, whole=whole)
 
 
-def print_table(table: Table, console: Console, title: str = "") -> None:
-    """Print one table, fitted as by `print_summary`."""
+def print_table(table: Table, console: Console, title: str = "", *, whole: bool = False) -> None:
+    """Print one table, fitted as by `print_summary`; ``whole`` as in `print_tables`."""
     if not console.is_terminal:
         width = max(100, _needed(_rich_table(table), console))
         console = Console(file=console.file, width=width, color_system=None)
     if title:
         console.print(Text(title, style="bold"))
     console.print(Text(table.caption))
-    fitting = _fitting(table, console)
-    console.print(_paragraphs(table) if fitting is None else _fitted(fitting, console))
+    for unbroken in (0, table.num_knobs, None) if whole else (None,):
+        fitting = _fitting(table, console, unbroken)
+        if fitting is not None:
+            console.print(_fitted(fitting, console, unbroken))
+            break
+    else:
+        console.print(_paragraphs(table))
     spared = [] if fitting is None else [n for n in table.header if n not in fitting.header]
     if spared:
         names = ", ".join(name.replace("\n", " ") for name in spared)
-        note = f"not shown (the window is too narrow), but in summary.md: {names}"
+        place = "" if whole else ", but in summary.md"
+        note = f"not shown (the window is too narrow){place}: {names}"
         console.print(Text(note), width=min(console.width, 100), style="dim")
     for note in table.footnotes:
         console.print(_styled(note), width=min(console.width, 100), style="dim")
 
 
-def _fitting(table: Table, console: Console) -> Table | None:
+def _fitting(table: Table, console: Console, unbroken: int | None) -> Table | None:
     """Leave out as few spare columns as the window allows; None if it is too narrow anyway."""
     for count in range(len(table.spare) + 1):
         narrower = table.without(table.spare[:count])
-        if _needed(_rich_table(narrower, 0), console) <= console.width:
+        if _needed(_rich_table(narrower, 0, unbroken), console) <= console.width:
             return narrower
     return None
 
@@ -82,23 +97,32 @@ def _needed(made: RichTable, console: Console) -> int:
     return Measurement.get(console, wide, made).maximum
 
 
-def _fitted(table: Table, console: Console) -> RichTable:
+def _fitted(table: Table, console: Console, unbroken: int | None) -> RichTable:
     """Make the table with its columns as wide as the window allows."""
-    return _rich_table(table, console.width - _needed(_rich_table(table, 0), console))
+    least = _needed(_rich_table(table, 0, unbroken), console)
+    return _rich_table(table, console.width - least, unbroken)
 
 
-def _rich_table(table: Table, room: int = 10_000) -> RichTable:
+def _rich_table(table: Table, room: int = 10_000, unbroken: int | None = None) -> RichTable:
     """Make the table; columns may wrap between words, never within a word or number.
 
     Args:
         room: number of characters by which the table may exceed its minimum width. (By default
             rich narrows the widest column first, and breaks its words while others have room.)
             Columns that need little get it; the others share the rest equally.
+        unbroken: entries from this column on are on one line; None: of no column.
     """
     made = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), header_style="bold")
     made.collapse_padding, made.pad_edge = True, False
     columns = [[name, *(row[i] for row in table.rows)] for i, name in enumerate(table.header)]
-    widths = [max(cell_len(word) for e in own for word in (e.split() or [""])) for own in columns]
+    widths = [
+        max(
+            cell_len(word)
+            for j, e in enumerate(own)
+            for word in ([e] if j and unbroken is not None and i >= unbroken else e.split() or [""])
+        )
+        for i, own in enumerate(columns)
+    ]
     full = [
         max(cell_len(line) for e in own for line in (e.splitlines() or [""])) for own in columns
     ]

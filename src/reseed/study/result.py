@@ -30,7 +30,8 @@ from reseed.report.figures import draw_figure, save_figures
 from reseed.report.page.content import ReportData
 from reseed.report.page.render import table_html
 from reseed.report.page.write import data_file_names, figure_drawings, write_report
-from reseed.report.power import PowerResult, Question, power_result
+from reseed.report.power import PowerResult, power_result
+from reseed.report.power_tables import Question
 from reseed.report.table_files import (
     first_tables,
     latent_table,
@@ -142,7 +143,8 @@ class StudyResult:
         power: float = 0.8,
         confidence: float | None = None,
         measure: str = "",
-        tokens: Sequence[int] = (),
+        tokens: float | Sequence[float] = (),
+        differences: int = 1,
     ) -> PowerResult:
         """Compute the seeds and tokens that a larger comparison needs; this one is the pilot.
 
@@ -151,8 +153,10 @@ class StudyResult:
             power: probability with which it finds this difference.
             confidence: level of the test and of all intervals; by default the comparison's.
             measure: a fraction of docs/measures.md; by default the primary measure.
-            tokens: budgets at which the measure is predicted; by default twice and four times the
-                largest. Predictions need at least three budgets.
+            tokens: budget or budgets at which the measure is predicted; by default twice and four
+                times the largest. Predictions need at least three budgets.
+            differences: number of differences that are tested together. Above 1, the seeds suffice
+                for the first step of Holm's correction.
 
         Raises:
             ConfigError: a value is out of range, or there is no such measure.
@@ -163,7 +167,8 @@ class StudyResult:
             difference,
             power,
             self.settings.confidence if confidence is None else confidence,
-            tuple(tokens),
+            tokens,
+            differences,
         )
         if self.problems:
             raise ReseedError(
