@@ -405,7 +405,7 @@ def test_a_letter_without_enough_permuted_words_or_draws_is_not_in_the_excess(
     inputs: EvaluationInput, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
     least: int, draws: int, rows: int,
 ) -> None:  # fmt: skip
-    """Of the class `name` only a few records with permuted letters are left in a few draws."""
+    """The class `name` has only a few records with permuted letters, in a few draws."""
 
     def cut(*given: Any, permuted: bool = False) -> pd.DataFrame:
         table = word_records(*given, permuted=permuted)
