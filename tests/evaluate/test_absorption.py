@@ -17,12 +17,18 @@ from reseed.activations.language_model import LanguageModel
 from reseed.cli.hydra_app import CommandLine
 from reseed.cli.plan import check_jobs
 from reseed.errors import ConfigError
+from reseed.evaluate.absorption import causal, evaluation
 from reseed.evaluate.absorption.evaluation import AbsorptionConfig
+from reseed.evaluate.absorption.records import word_records
+from reseed.evaluate.absorption.result import _lack
 from reseed.evaluate.base import EvaluationInput, LoadedRun, ModelCache, Result
-from reseed.evaluate.splitting import SplittingConfig
+from reseed.evaluate.sparse_latents import SparseLatents, encode
+from reseed.evaluate.splitting import SplittingConfig, _result, find_fold_splits
+from reseed.evaluate.word_classes import probe_quality
 from reseed.evaluate.word_task import ProbedTask, WordTaskConfig, word_activations
 from reseed.evaluate.words import make_prompts
 from reseed.sae.batch_topk import BatchTopKConfig
+from reseed.sae.relu import ReLUConfig
 from reseed.sae.topk import TopKConfig
 
 HOOK = Hookpoint("resid_post", 1)
@@ -334,6 +340,106 @@ def test_a_latent_equal_to_the_probe_has_its_f1_and_no_splits(
     kept = found.tables["letters"].query("reason == ''")
     for name in ("f1", "precision", "recall", "probe_f1"):
         assert found.metrics[f"splitting_{name}"] == pytest.approx(kept[name].mean()), name
+
+
+def test_a_main_latent_that_never_fires_has_a_precision_of_0_in_the_mean(
+    inputs: EvaluationInput, settings: dict[str, Any]
+) -> None:
+    """The only latent that fires says `word`, and no latent of the other class does."""
+    probed = repetition(inputs, settings)
+    made = ReLUConfig(num_latents=20).build(128, torch.Generator().manual_seed(0))
+    word = probed.words.classes.index("word")
+    with torch.no_grad():
+        made.b_enc.fill_(-1e6)
+        weight, bias = (probed.probes[n].mean(0)[word] for n in ("weight", "bias"))
+        made.W_enc[0], made.b_enc[0] = weight, bias + weight @ made.b_dec
+    config = SplittingConfig(**settings)
+    quality = probe_quality([probed], config.probe_f1)
+    codes, kept = encode(made, probed.x), [[0, 2]] * 2
+    splits = []
+    for fold, classes in enumerate(kept):
+        found = find_fold_splits(config, probed, codes, fold, classes, probed.members)[0]
+        assert found[0]
+        found[0] = replace(found[0], main=torch.tensor([7]))
+        splits.append(found)
+    result = _result([(probed, codes, splits)], quality, ["", "few", ""], 0.95)
+    precision = result.tables["letters"].set_index("class")["precision"]
+    assert precision["name"] == 0
+    assert precision["word"] > 0.5
+    assert result.metrics["splitting_precision"] == pytest.approx(precision["word"] / 2)
+
+
+def test_the_causal_sample_is_over_all_folds_and_scaled_up(
+    inputs: EvaluationInput, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If every measured word is absorbed, the words that they represent are the silent ones."""
+    measured: list[torch.Tensor] = []
+
+    def gradient(*given: Any) -> torch.Tensor:
+        measured.append(given[4])
+        return torch.zeros(len(given[4]), 128)
+
+    def absorbed(codes: SparseLatents, *_: Any) -> torch.Tensor:
+        return torch.ones(len(codes), dtype=torch.bool)
+
+    monkeypatch.setattr(causal, "integrated_gradient", gradient)
+    monkeypatch.setattr(causal, "is_absorbed", absorbed)
+    sums = {}
+    for sample in (3, 1_000):
+        measured.clear()
+        config = AbsorptionConfig(**settings, causal=True, causal_sample=sample)
+        [(_, found)] = config.evaluate([LoadedRun("one", sae(0, k=2), HOOK)], inputs)
+        words = found.tables["words"]
+        assert len(measured) == 2, "once for each prompt seed, not for each fold"
+        assert all(labels.bincount().max() <= sample for labels in measured)
+        sums[sample] = words.groupby(["class", "prompt_seed"])["causal"].sum()
+        several = words[words["causal"] > 0].groupby(["class", "prompt_seed"])["fold"].nunique()
+        if sample > 3:
+            assert several.max() == 2
+            assert sums[sample].max() > 3 * 2
+    assert sums[3].to_dict() == pytest.approx(sums[1_000].to_dict())
+
+
+@pytest.mark.parametrize(("least", "draws", "rows"), [(20, 4, 4), (2, 1, 60), (2, 4, 60)])
+def test_a_letter_without_enough_permuted_words_or_draws_is_not_in_the_excess(
+    inputs: EvaluationInput, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch,
+    least: int, draws: int, rows: int,
+) -> None:  # fmt: skip
+    """The class `name` has only a few records with permuted letters, in a few draws."""
+
+    def cut(*given: Any, permuted: bool = False) -> pd.DataFrame:
+        table = word_records(*given, permuted=permuted)
+        if not permuted:
+            return table
+        name, draw = table["class"] == 0, 2 * given[1].prompt_seed + given[2]
+        return table[~name | (name.cumsum() <= rows) & (draw < draws)]
+
+    monkeypatch.setattr(evaluation, "word_records", cut)
+    config = AbsorptionConfig(**settings, min_test_words=least)
+    [(_, found)] = config.evaluate([LoadedRun("one", sae(0), HOOK)], inputs)
+    letters = found.tables["letters"].set_index("class")
+    assert letters.loc[["name", "word"], "reason"].tolist() == ["", ""]
+    assert 2 <= letters.loc["name", "fraction_null_words"] <= 4 * rows
+    excess, null = letters["fraction_excess"].dropna(), letters["fraction_null"].dropna()
+    assert ("name" in excess.index) == ((least, draws) == (2, 4))
+    assert "word" in excess.index
+    assert list(null.index) == list(excess.index)
+    assert found.metrics["absorption_excess_letters"] == len(excess)
+    assert found.metrics["absorption_fraction_excess"] == pytest.approx(excess.mean())
+    assert found.metrics["absorption_fraction_null"] == pytest.approx(null.mean())
+
+
+@pytest.mark.parametrize(
+    ("words", "split", "reason"),
+    [
+        (0, False, "too few words to choose latents"),
+        (0, True, "0 test words that the probe gets right, fewer than 20"),
+        (19, True, "19 test words that the probe gets right, fewer than 20"),
+        (20, True, ""),
+    ],
+)
+def test_a_refused_letter_has_the_reason_that_is_true(words: int, split: bool, reason: str) -> None:
+    assert _lack(words, split, AbsorptionConfig()) == reason
 
 
 @pytest.mark.parametrize(

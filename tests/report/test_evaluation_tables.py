@@ -44,7 +44,8 @@ def absorption(run: int) -> StoredEvaluation:
     )  # fmt: skip
     words = pd.DataFrame(
         {
-            "token": range(40), "class": "a", "frequency": range(40),
+            "token": range(40), "class": "a",
+            "text": [f"a{i}" for i in range(40)], "frequency": range(40),
             "fraction": [float(i % 4 == 0) for i in range(40)],
         }
     )  # fmt: skip

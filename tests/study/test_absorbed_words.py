@@ -20,7 +20,8 @@ def tables(absorbed: dict[str, list[float]], main: dict[str, list[int]], **more:
          for name, mains in main.items()]
     )  # fmt: skip
     words = pd.DataFrame(
-        [{"class": name, "token": 100 * i + t, "fraction": fraction, "frequency": 10 * (t % 7)}
+        [{"class": name, "token": 1_000 * i + t, "text": f"{name}{t}", "fraction": fraction,
+          "frequency": 10 * (t % 7)}
          for i, (name, fractions) in enumerate(absorbed.items())
          for t, fraction in enumerate(fractions)]
     )  # fmt: skip
@@ -84,6 +85,36 @@ def test_a_word_needs_half_of_its_records_and_a_class_must_be_evaluable_in_both(
     nothing = absorbed_overlap(refused, (letters, words), np.array([0]))
     assert (nothing.classes, nothing.words) == (0, 0)
     assert np.isnan([nothing.jaccard, nothing.expected, nothing.p]).all()
+
+
+def test_a_word_is_absorbed_if_one_of_its_spellings_is() -> None:
+    first = tables({"a": [1, 0, 0, 0, 1]}, {"a": [0]})
+    second = tables({"a": [0, 1, 0, 0, 0]}, {"a": [0]})
+    for _, words in (first, second):
+        words["text"] = ["axe", " Axe", "ant", " ant", "arm"]
+    found = absorbed_overlap(first, second, np.array([0]))
+    assert found.words == 3
+    assert found.by_class.loc[0, ["first", "second", "both"]].tolist() == [2, 1, 1]
+    assert found.jaccard == 1 / 2
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_p_values_of_independent_saes_are_below_a_twentieth_in_a_twentieth(together: bool) -> None:
+    """Words have one to four spellings, which an SAE absorbs together or each by chance. The share
+    of p-values below .05 is at most .05, within twice the error of the simulation."""
+    random, studies, small = np.random.default_rng(0), 150, 0
+    for study in range(studies):
+        word = np.repeat(np.arange(120), random.integers(1, 5, 120))
+        frequency, both = random.integers(1, 1_000, 120)[word], []
+        for _ in range(2):
+            letters, words = tables({"a": [0.0] * len(word)}, {"a": [0]})
+            flags = random.random(120)[word] if together else random.random(len(word))
+            texts = [f"{' ' * i}{w}" for i, w in enumerate(word)]
+            words = words.assign(fraction=(flags < 0.2) * 1.0, frequency=frequency, text=texts)
+            both.append((letters, words))
+        found = absorbed_overlap(both[0], both[1], np.array([0]), permutations=99, seed=study)
+        small += found.p <= 0.05
+    assert small / studies < 0.05 + 2 * np.sqrt(0.05 * 0.95 / studies)
 
 
 def test_usual_latents_are_main_in_at_least_half_of_the_folds() -> None:

@@ -290,13 +290,16 @@ def _score_ratios(found: RepetitionSplits) -> dict[str, Ratios]:
     words = found[0][0].words
     shape = (len(found), len(words.classes), words.num_spellings)
 
+    # A latent that fires on no test word has a precision of 0, as in the table of letters.
+    fires = np.bincount(number, fired, len(words.classes)) > 0
+
     def ratio(top: np.ndarray, *bottom: np.ndarray) -> Ratios:
         whole = np.stack(bottom).sum(0, dtype=np.float64)
         return Ratios.of(number, word, seed, len(bottom) * (top & there), whole, shape)
 
     return {
         "f1": ratio(fired, fired, there),
-        "precision": ratio(fired, fired),
+        "precision": ratio(fired, np.where(fires[number], fired, there)),
         "recall": ratio(fired, there),
         "probe_f1": ratio(scored, scored, there),
     }

@@ -11,8 +11,8 @@ Var(mean) = Σ_w (Σ_c v_c e_cw)²: a word may be of several classes (permuted l
 that of t with Satterthwaite's degrees of freedom over classes. Classes, probes and folds are fixed.
 
 Permuted labels are drawn at random for each fold and prompt seed. The variance over these draws,
-computed as that over words, is added; what a word and a draw have in common counts twice, so the
-interval is rather too wide.
+computed as that over words, is added, with n − 1 degrees of freedom for n draws; what a word and a
+draw have in common counts twice, so the interval is rather too wide.
 
 Letters: C classes, W different words, S prompt seeds, G draws.
 """
@@ -152,16 +152,18 @@ def mean_over_classes(
         counts, by_seed = np.minimum(counts, theirs), by_seed - minus.by_seed[:, used]
     weights = np.array([kept[c] for c in used], dtype=np.float64)
     weights /= weights.sum()
-    parts = [(errors, counts)]
+    parts = [(errors, counts, False)]
     for of in each:
         if of.draws is not None:
-            parts.append(_linearised(*(sums[used] for sums in of.draws))[1:])
+            parts.append((*_linearised(*(sums[used] for sums in of.draws))[1:], True))
     bounded, mean = minus is None, float(weights @ means)
     low, high = _interval(mean, *_error(parts, weights), confidence, bounded)
     rows = {
         c: (
             m,
-            *_interval(m, *_error([(e[[i]], n[[i]]) for e, n in parts], one), confidence, bounded),
+            *_interval(
+                m, *_error([(e[[i]], n[[i]], d) for e, n, d in parts], one), confidence, bounded
+            ),
             counts[i],
         )
         for i, (c, m, one) in enumerate(
@@ -193,21 +195,23 @@ def _linearised(
 
 
 def _error(
-    parts: Sequence[tuple[Float[np.ndarray, "C U"], Int[np.ndarray, " C"]]],
+    parts: Sequence[tuple[Float[np.ndarray, "C U"], Int[np.ndarray, " C"], bool]],
     weights: Float[np.ndarray, " C"],
 ) -> tuple[float, float]:
     """Return the standard error of the weighted mean and its degrees of freedom.
 
     Args:
         parts: for each kind of unit (words, draws), the units' parts of the errors of the classes,
-            and the number of units of each class.
+            the number of units of each class, and whether these are common to all classes.
     """
     total = lost = 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
-        for errors, counts in parts:
+        for errors, counts, common in parts:
             variance = float(np.square(weights @ errors).sum())
             each = np.square(weights**2 * np.square(errors).sum(1)) / (counts - 1)
-            total, lost = total + variance, lost + each.sum()
+            # A draw gives all classes their labels, so no class adds degrees of freedom.
+            lost += variance**2 / (counts.max() - 1) if common else each.sum()
+            total += variance
         return sqrt(total) if total >= 0 else nan, float(np.float64(total) ** 2 / lost)
 
 

@@ -33,7 +33,8 @@ class Overlap:
 
     Attributes:
         classes: number of classes with matched main latents.
-        words: number of words in these classes that both probes classify correctly.
+        words: number of words in these classes that both probes classify correctly; the spellings
+            of a word count as one.
         jaccard: number of words absorbed in both SAEs over the number absorbed in at least one;
             NaN if there are none.
         expected: mean Jaccard index over permutations.
@@ -61,9 +62,11 @@ def absorbed_overlap(
     """Compare the words absorbed in two SAEs of the same model and hookpoint.
 
     A class counts if a main latent of the first SAE has a main latent of the second as its partner.
-    A word is absorbed if its fraction is above 0 in at least half of its records. The null permutes
-    the words absorbed in the second SAE among words of the same class and similar frequency
-    (quarters of the class), which is a hypergeometric draw in each of these strata.
+    A token is absorbed if its fraction is above 0 in at least half of its records, and a word if
+    one of its spellings is. The null permutes the words absorbed in the second SAE among words of
+    the same class, with as many spellings (with more, a word is absorbed more easily) and of
+    similar frequency (quarters of these words): a hypergeometric draw in each of these strata. The
+    spellings of a word stay together, because an SAE often absorbs all of them.
 
     Args:
         first, second: the tables ``letters`` and ``words`` of each SAE's absorption result.
@@ -107,9 +110,17 @@ def usual(main: list[list[int]]) -> set[int]:
 
 
 def _flags(words: pd.DataFrame) -> pd.DataFrame:
-    table = words.assign(absorbed=words["fraction"] > 0).groupby(["class", "token"])
-    found = table.agg(absorbed=("absorbed", "mean"), frequency=("frequency", "first"))
-    return found.assign(absorbed=found["absorbed"] >= 0.5)
+    """Return whether each word is absorbed, its number of spellings, and their frequency in all."""
+    table = words.assign(
+        absorbed=words["fraction"] > 0, word=words["text"].str.strip().str.lower()
+    ).groupby(["class", "word", "token"])
+    tokens = table.agg(absorbed=("absorbed", "mean"), frequency=("frequency", "first"))
+    return (
+        tokens.assign(absorbed=tokens["absorbed"] >= 0.5)
+        .groupby(["class", "word"])
+        .agg(absorbed=("absorbed", "any"), frequency=("frequency", "sum"),
+             spellings=("absorbed", "size"))
+    )  # fmt: skip
 
 
 def _by_chance(
@@ -118,7 +129,7 @@ def _by_chance(
     """Count the words absorbed in both, with the flags of the second SAE permuted in each
     stratum."""
     total = np.zeros(permutations, dtype=np.int64)
-    for _, some in used.groupby("class"):
+    for _, some in used.groupby(["class", "spellings_1"]):
         rank = some["frequency_1"].rank(method="average", pct=True)
         stratum = np.minimum((rank * FREQUENCY_BINS).astype(int), FREQUENCY_BINS - 1)
         for _, part in some.groupby(stratum):

@@ -37,8 +37,8 @@ class CausalRules:
     """Settings of the causal measure.
 
     Attributes:
-        sample: maximum number of words of a class to measure; results are scaled up to all of its
-            words.
+        sample: maximum number of words of a class to measure, over all folds; results are scaled
+            up to all of its words.
         cosine: minimum cosine of the latent's decoder row with the probe's direction.
         icl_words: number of example lines, each with its answer, before the word in question.
     """
@@ -48,25 +48,37 @@ class CausalRules:
     icl_words: int = 10
 
 
+@dataclass(frozen=True, eq=False)
+class FoldCandidates:
+    """The words of one fold whose effect may be measured.
+
+    Attributes:
+        words: test words that the probe gets right and the main latents' regression gets wrong.
+        main: S of each class.
+        alignment: of the latents with the fold's probes.
+    """
+
+    words: Int[np.ndarray, " n"]
+    main: Sequence[Int[Tensor, " S"]]
+    alignment: Alignment
+
+
 def causal_absorption(
     model: LanguageModel,
     hook: Hookpoint,
     sae: SAE,
     probed: ProbedTask,
-    alignment: Alignment,
-    candidates: Int[np.ndarray, " n"],
-    main: Sequence[Int[Tensor, " S"]],
+    folds: Sequence[FoldCandidates],
     rules: CausalRules,
 ) -> dict[int, float]:
     """Return how many absorbed words each candidate represents: 0, or its sampling weight.
 
-    Args:
-        candidates: words that the probe gets right and the main latents' regression gets wrong.
-        main: S of each class.
+    The words of a class are sampled from those of all folds together.
 
     Returns:
         candidate → number; the sum over a class is its estimated number of absorbed words.
     """
+    candidates = np.concatenate([each.words for each in folds])
     counts = dict.fromkeys(candidates.tolist(), 0.0)
     if not len(candidates):
         return counts
@@ -78,7 +90,12 @@ def causal_absorption(
     x = word_activations(model, [hook], prompts)[hook]
     codes = encode(sae, x)
     labels = probed.words.labels[candidates]
-    kept, weight = _sampled(_silent(codes, labels, main), labels, rules.sample, probed.prompt_seed)
+    fold = torch.repeat_interleave(torch.tensor([len(each.words) for each in folds]))
+    silent = torch.zeros(len(labels), dtype=torch.bool)
+    for number, each in enumerate(folds):
+        rows = (fold == number).nonzero()[:, 0]
+        silent[rows] = _silent(codes.rows(rows), labels[rows], each.main)
+    kept, weight = _sampled(silent, labels, rules.sample, probed.prompt_seed)
     if not len(kept):
         return counts
     codes = codes.rows(kept)
@@ -88,9 +105,14 @@ def causal_absorption(
         model, hook, asked, answers, labels[kept],
         codes.matmul(sae.W_dec.detach().float()), model.batch_sequences,
     )  # fmt: skip
-    absorbed = is_absorbed(codes, gradient, sae.W_dec, labels[kept], alignment, rules.cosine)
-    for index, scale, it_is in zip(kept, weight, absorbed.cpu(), strict=True):
-        counts[int(candidates[index])] = float(scale) * bool(it_is)
+    for number, each in enumerate(folds):
+        rows = (fold[kept] == number).nonzero()[:, 0]
+        absorbed = is_absorbed(
+            codes.rows(rows), gradient[rows.to(gradient.device)], sae.W_dec, labels[kept[rows]],
+            each.alignment, rules.cosine,
+        )  # fmt: skip
+        for row, it_is in zip(rows, absorbed.tolist(), strict=True):
+            counts[int(candidates[kept[row]])] = float(weight[row]) * it_is
     return counts
 
 

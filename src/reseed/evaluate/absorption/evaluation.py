@@ -13,7 +13,7 @@ import torch
 from reseed.activations.stream import generator
 from reseed.activations.text_source import TextSource
 from reseed.config import setting
-from reseed.evaluate.absorption.causal import CausalRules, causal_absorption
+from reseed.evaluate.absorption.causal import CausalRules, FoldCandidates, causal_absorption
 from reseed.evaluate.absorption.projection import Alignment, NullCosines, Thresholds, null_cosines
 from reseed.evaluate.absorption.records import main_latents, word_records
 from reseed.evaluate.absorption.result import (
@@ -58,7 +58,8 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         null_directions: number of random directions, drawn with the activations' covariance.
         null_quantile: the null cosine is this quantile of the latents' cosines.
         causal: also measure the effect on the model's answer; this runs the whole model.
-        causal_sample: maximum number of words of each class on which the effect is measured.
+        causal_sample: maximum number of words of each class on which the effect is measured, over
+            all folds, for each prompt seed.
         seed: seed of the random directions.
     """
 
@@ -206,17 +207,21 @@ class AbsorptionConfig(WordTaskConfig, name="absorption"):
         gets the word wrong, and ``causal``, the number of absorbed words that it represents."""
         assert inputs.model is not None
         rules = CausalRules(self.causal_sample, self.full_cosine, self.icl_words)
-        measured.records["causal"] = 0.0
-        measured.records["candidate"] = False
-        for probed, fold, splits in measured.splits:
-            records = measured.records
-            here = (records.prompt_seed == probed.prompt_seed) & (records.fold == fold)
-            missed = _missed(records.loc[here], probed, fold, splits)
-            alignment = Alignment.of(run.sae.W_dec, probed.probes["weight"][fold])
-            found = causal_absorption(
-                inputs.model, run.hook, run.sae, probed, alignment, missed,
-                main_latents(splits), rules,
-            )  # fmt: skip
+        records = measured.records
+        records["causal"] = 0.0
+        records["candidate"] = False
+        for probed in repetitions:
+            here = records.prompt_seed == probed.prompt_seed
+            folds = [
+                FoldCandidates(
+                    _missed(records.loc[here & (records.fold == fold)], probed, fold, splits),
+                    main_latents(splits),
+                    Alignment.of(run.sae.W_dec, probed.probes["weight"][fold]),
+                )
+                for of, fold, splits in measured.splits
+                if of is probed
+            ]
+            found = causal_absorption(inputs.model, run.hook, run.sae, probed, folds, rules)
             words = records.loc[here, "word"]
             records.loc[here, "causal"] = words.map(found).fillna(0.0)
             records.loc[here, "candidate"] = words.isin(list(found))

@@ -27,7 +27,10 @@ _MEANS = (
     *("fraction", "full", f"fraction{DERIVED}", f"full{DERIVED}", "fraction_null"),
     *(f"fraction{DERIVED}_null", "fraction_excess", f"fraction{DERIVED}_excess", *_OPTIONAL),
 )
-_PAIRED = "mean over the letters that have both values, paired by letter and word"
+_PAIRED = (
+    "mean over the letters that have both values, each of at least "
+    "`evaluation.min_test_words` words, paired by letter and word"
+)
 
 METRICS = (
     *count_metrics("absorption"),
@@ -135,13 +138,14 @@ def make_result(
     records, null = measured.records, measured.null
     assert null is not None
     probed = repetitions[0]
-    numbers = [
-        records.loc[records["class"] == c, "word"].to_numpy() for c in range(probed.num_classes)
+    words = _word_counts(records, probed)
+    split = {c for _, _, each in measured.splits for c, found in enumerate(each) if found}
+    reasons = [
+        reason or _lack(int(words[number]), number in split, config)
+        for number, reason in enumerate(reasons)
     ]
-    words = np.array([len(np.unique(probed.words.spelling_ids[n])) for n in numbers])
-    reasons = [reason or _lack(there, config) for reason, there in zip(reasons, words, strict=True)]
     kept = [number for number, reason in enumerate(reasons) if not reason]
-    means = _means(measured, untrained, repetitions, quality.weights(kept), config.confidence)
+    means = _means(measured, untrained, repetitions, quality.weights(kept), config)
     cosine = _cosines(repetitions, sae)
     absorbers = absorber_table(records, repetitions, cosine, kept)
     metrics = class_counts("absorption", reasons) | {
@@ -152,6 +156,8 @@ def make_result(
         metrics["absorption_l0_untrained"] = untrained.l0
     letters = _letter_table(means, measured, repetitions, quality, reasons, cosine)
     letters.insert(3, "right_words", words)
+    null_words = _word_counts(measured.permuted, probed)
+    letters.insert(list(letters).index("fraction_null"), "fraction_null_words", null_words)
     return Result(
         metrics,
         {
@@ -163,9 +169,21 @@ def make_result(
     )
 
 
-def _lack(words: int, config: WordTaskConfig) -> str:
-    """Return the reason why a class with so many different words in its records is refused."""
-    if not words:
+def _word_counts(records: pd.DataFrame | None, probed: ProbedTask) -> np.ndarray:
+    """Count the different words of each class in the records."""
+    assert records is not None
+    word = probed.words.spelling_ids[records["word"].to_numpy()]
+    pairs = np.unique(np.stack([records["class"].to_numpy(), word]).astype(np.int64), axis=1)
+    return np.bincount(pairs[0], minlength=probed.num_classes)
+
+
+def _lack(words: int, split: bool, config: WordTaskConfig) -> str:
+    """Return the reason why a class with so many different words in its records is refused.
+
+    Args:
+        split: whether main latents were found for it.
+    """
+    if not split:
         return TOO_FEW_WORDS
     which = " that the probe gets right"
     return few_words(words, which, config) if words < config.min_test_words else ""
@@ -176,10 +194,21 @@ def _means(
     untrained: AbsorptionMeasurements | None,
     repetitions: list[ProbedTask],
     kept: dict[int, float],
-    confidence: float,
+    config: WordTaskConfig,
 ) -> dict[str, Mean]:
-    """Compute the means `_MEANS` over the kept classes, which have weights."""
+    """Compute the means `_MEANS` over the kept classes, which have weights.
+
+    A mean of a baseline, and the differences to it, are over those with enough words in it.
+    """
     assert measured.permuted is not None
+    confidence = config.confidence
+
+    def enough(of: Ratios) -> dict[int, float]:
+        words, draws = (of.bottom > 0).sum(1), np.inf
+        if of.draws is not None and of.draws[1].shape[1] > 1:
+            draws = (of.draws[1] > 0).sum(1)
+        there = (words >= config.min_test_words) & (draws > 1)
+        return {number: weight for number, weight in kept.items() if there[number]}
 
     def ratios(of: pd.DataFrame, *columns: str) -> dict[str, Ratios]:
         permuted = of is measured.permuted
@@ -189,13 +218,13 @@ def _means(
 
     def means(of: dict[str, Ratios], end: str = "") -> dict[str, Mean]:
         return {
-            f"{name}{end}": mean_over_classes(each, kept, confidence=confidence)
+            f"{name}{end}": mean_over_classes(each, enough(each), confidence=confidence)
             for name, each in of.items()
         }
 
     def excess(over: dict[str, Ratios], end: str) -> dict[str, Mean]:
         return {
-            f"{name}{end}": mean_over_classes(own[name], kept, each, confidence)
+            f"{name}{end}": mean_over_classes(own[name], enough(each), each, confidence)
             for name, each in over.items()
         }
 
