@@ -192,23 +192,34 @@ def with_lists(result, tokens, **values):
     """Return a cell whose latents have these values with every other run."""
     latents = result.latents
     for name, value in values.items():
-        column = pa.array([[value] * 2] * len(latents), type=pa.list_(pa.float32()))
+        both = value if isinstance(value, list) else [value] * 2
+        column = pa.array([both] * len(latents), type=pa.list_(pa.float32()))
         latents = latents.append_column(name, column)
     return replace(result, latents=latents, pairs=result.pairs.assign(**{TOKENS: tokens, NOTE: ""}))
 
 
-@pytest.mark.parametrize(("r", "alike"), [(0.25, 0), (0.75, 24), (None, 0)])
-def test_the_agreement_of_activations_stands_beside_the_cosines(result, runs, r, alike):
+@pytest.mark.parametrize(
+    ("r", "words"),
+    [
+        ([0.25, 0.25], "**0 of 24 shared matches whose r is defined fire alike** (r at least"),
+        ([0.25, 0.75], "**12 of 24 shared matches whose r is defined fire alike** (r at least"),
+        ([0.75, None], "**12 of 12 shared matches whose r is defined fire alike** (r at least 0.5, "
+         "12 undefined);"),
+        ([None, None], ""),
+    ],
+)  # fmt: skip
+def test_the_agreement_of_activations_stands_beside_the_cosines(result, runs, r, words):
     """12 latents are shared with both other runs: 24 matches."""
     compared = with_lists(result, 4096, pearson=r, jaccard=0.5)
     frame = looked_up(compared, runs, *range(N))
-    np.testing.assert_array_equal(frame["pearson_1"], np.full(N, np.nan if r is None else r))
+    np.testing.assert_array_equal(frame["pearson_1"], np.full(N, np.array(r[0], dtype=float)))
     assert frame["jaccard_2"].tolist() == [0.5] * N
     table = check_table(frame, compared, {})
-    assert f"**Of 24 shared matches {alike} fire alike** (r at least 0.5)" in table.footnotes[0]
+    assert words in table.footnotes[0]
+    assert ("fire alike" in table.footnotes[0]) == bool(words)
     assert "on 4,096 held-out tokens" in table.footnotes[2]
-    words = "–" if r is None else f"{r:.2f}"
-    assert all(f"; r={words}, J=0.50)" in row[-1] for row in table.rows)
+    number = "–" if r[1] is None else f"{r[1]:.2f}"
+    assert all(f"; r={number}, J=0.50)" in row[-1] for row in table.rows)
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,9 @@ def sweep(tmp_path: Path) -> Path:
         {"run": f"run{i}", "seed": i, "latent": latent, "shared_with": 1 - latent,
          "reproducibility": 0.5, "reproducibility_low": 0.25, "reproducibility_high": 0.75,
          "others": [f"run{j}" for j in range(3) if j != i],
-         "partner_decoder": [7, -1], "cosine_encoder": [0.8, float("nan")],
-         "cosine_decoder": [0.9, float("nan")], "shared": [latent == 0, False],
-         "pearson": [0.31, None], "jaccard": [0.2, None]}
+         "partner_decoder": [7, -1], "partner_encoder": [7, -1],
+         "cosine_encoder": [0.8, float("nan")], "cosine_decoder": [0.9, float("nan")],
+         "shared": [latent == 0, False], "pearson": [0.31, None], "jaccard": [0.2, None]}
         for i in range(3) for latent in range(2)
     ]  # fmt: skip
     pd.DataFrame(rows).to_parquet(tmp_path / FILE)
@@ -182,6 +182,24 @@ def test_a_correlation_that_is_undefined_is_explained(contexts: Contexts, sweep:
     text = "\n".join(printed(lambda console: print_latent(shown, console), width=200))
     assert "7 (0.80 enc, 0.90 dec, Pearson –, Jaccard 0.20) *  seed 2" in text
     assert "–: undefined, because the latent or its match is constant on them." in text
+
+
+@pytest.mark.parametrize(
+    ("by_encoder", "words"),
+    [(696, "0.80 enc with 696, 0.90 dec"), (-1, "no match by enc, 0.90 dec")],
+)
+def test_an_encoder_cosine_names_the_latent_that_it_is_with(
+    contexts: Contexts, sweep: Path, by_encoder: int, words: str
+) -> None:
+    """The match by decoder is latent 7; the encoder's is another one, or none."""
+    table = pd.read_parquet(sweep / FILE)
+    table = table.assign(partner_encoder=[[by_encoder, -1]] * 6, shared=[[False] * 2] * 6)
+    table.to_parquet(sweep / FILE)
+    shown = LatentView("run0", contexts, contexts.latent(0), matches_of(sweep, "run0", [0])[0])
+    lines = printed(lambda console: print_latent(shown, console))
+    assert lines[4] == f"  seed 1: 7 ({words}, Pearson 0.31, Jaccard 0.20)"
+    told = "enc with: cosine with the match by encoder, which is another latent."
+    assert (told in " ".join(lines)) == (by_encoder >= 0)
 
 
 def test_only_the_requested_latents_are_read(sweep: Path) -> None:

@@ -233,8 +233,6 @@ def test_columns_of_the_browser_equal_the_cell_s(cells):
     assert own["live"] == [*[0] * 10, *[1] * 38]
     assert own["shared_with"][:24] == [2] * 24
     assert [len(values) for values in own["partner_decoder"]] == [48, 48]
-    best = np.maximum(*(np.array(values) for values in own["cosine_decoder"]))
-    assert np.allclose(own["best_cosine_decoder"], best)
     assert all(isinstance(value, int) for value in own["shared"][0])
     assert "pearson" not in own
     assert found[0].activations == (0, NOT_ASKED)
@@ -252,12 +250,40 @@ def test_the_browser_has_the_agreement_of_activations_or_the_reason(cells):
     (entry, *_) = entries([(knobs, compared)])
     own = latent_columns(entry.rows)
     assert own["pearson"] == [[0.25] * 48, [None] * 48]
-    assert own["best_pearson"] == [0.25] * 48
+    encoder, decoder = (np.array(own[f"cosine_{kind}"]) for kind in ("encoder", "decoder"))
+    best = np.minimum(encoder, decoder).argmax(0)
+    assert own["best_pearson"] == [(0.25, None)[k] for k in best]
     assert entry.activations == (4096, "")
     gone = dataclasses.replace(
         cell, pairs=cell.pairs.assign(**{TOKENS: 0, NOTE: "the model is gone"})
     )
     assert entries([(knobs, gone)])[0].activations == (0, "the model is gone")
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "shown"),
+    [
+        # The largest cosines and the largest Pearson are of three other runs.
+        ([0.9, 0.6, 0.7], [0.1, 0.95, 0.7], [0.7, 0.7, -0.5]),
+        ([0.9, 0.6, None], [0.1, 0.95, None], [0.6, 0.95, 0.8]),
+        ([None] * 3, [None] * 3, [None] * 3),
+    ],
+)
+def test_the_list_shows_numbers_of_one_match(cells, encoder, decoder, shown):
+    """It is the match whose smaller cosine is largest."""
+    rows = cells[0][1].latents.slice(0, 2)
+    pearson = [
+        None if cosine is None else r for r, cosine in zip([0.3, 0.8, -0.5], encoder, strict=True)
+    ]
+    for name, values in (("cosine_encoder", encoder), ("cosine_decoder", decoder),
+                         ("pearson", pearson)):  # fmt: skip
+        if name in rows.column_names:
+            rows = rows.drop_columns([name])
+        values = [float("nan") if v is None else v for v in values]
+        rows = rows.append_column(name, pa.array([values] * 2, type=pa.list_(pa.float32())))
+    own = latent_columns(rows)
+    names = ("best_cosine_encoder", "best_cosine_decoder", "best_pearson")
+    assert [own[name] for name in names] == [[value] * 2 for value in shown]
 
 
 def test_files_of_the_browser_are_javascript_calls(cells, tmp_path):

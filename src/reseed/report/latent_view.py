@@ -23,7 +23,8 @@ from reseed.report.format import MISSING, format_bounds, format_number
 from reseed.store.contexts import TOP, Context, Contexts, LatentContexts
 
 FILE, PAIRS = "latents.parquet", "pairs.csv"
-_OWN = ("run", "seed", "latent", "shared_with", "others", "partner_decoder", "shared")
+_OWN = ("run", "seed", "latent", "shared_with", "others", "shared")
+_PARTNERS = ("partner_decoder", "partner_encoder")
 _OF_MATCHES = ("cosine_encoder", "cosine_decoder", "pearson", "jaccard")
 _CHANCE = ("reproducibility", "reproducibility_low", "reproducibility_high")
 
@@ -44,7 +45,10 @@ class Partner:
         run: id of the other run.
         name: its name within the cell: ``seed 1``.
         latent: index of the match; None if there is none.
-        cosine_encoder, cosine_decoder: cosines with the match; None if rows cannot be compared.
+        by_encoder: index of the match by encoder, which may be another latent; None if there is
+            none.
+        cosine_encoder, cosine_decoder: cosine with the match by encoder, and by decoder; None if
+            rows cannot be compared.
         pearson, jaccard: correlation of the activations of both, and overlap of the tokens on which
             they fire; None if activations were not compared, or if it is undefined.
         shared: whether the other run shares the latent by the strict rule.
@@ -53,6 +57,7 @@ class Partner:
     run: str
     name: str
     latent: int | None
+    by_encoder: int | None
     cosine_encoder: float | None
     cosine_decoder: float | None
     pearson: float | None
@@ -85,7 +90,7 @@ def matches_of(sweep: Path, run: str, latents: Sequence[int]) -> dict[int, Laten
     their rows are read."""
     path = sweep / FILE
     there = pq.read_schema(path).names
-    wanted = [name for name in (*_OWN, *_OF_MATCHES, *_CHANCE) if name in there]
+    wanted = [name for name in (*_OWN, *_PARTNERS, *_OF_MATCHES, *_CHANCE) if name in there]
     rows = pq.read_table(
         path, columns=wanted, filters=[("run", "==", run), ("latent", "in", list(latents))]
     ).to_pylist()
@@ -117,14 +122,18 @@ def _matches(
     others = row["others"]
     partners = []
     for i, other in enumerate(others):
-        latent = row["partner_decoder"][i]
-        there = latent is not None and latent >= 0
+        match, by_encoder = (_index(row[name][i]) for name in _PARTNERS)
+        there, shared = match is not None, bool(row["shared"][i])
         numbers = {n: row[n][i] if there and n in row else None for n in _OF_MATCHES}
-        match, shared = latent if there else None, bool(row["shared"][i])
-        partners.append(Partner(other, names[other], match, shared=shared, **numbers))
+        found = Partner(other, names[other], match, by_encoder, shared=shared, **numbers)
+        partners.append(found)
     mean, low, high = _CHANCE
     chance = (row[mean], row[low], row[high]) if row.get(mean) is not None else None
     return LatentMatches(row["shared_with"], chance, tuple(partners), tokens, reason)
+
+
+def _index(partner: int | None) -> int | None:
+    return None if partner is None or partner < 0 else partner
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,15 +218,25 @@ def _print_matches(matches: LatentMatches | None, console: Console) -> None:
 
 def _in_words(partner: Partner) -> str:
     """Return ``471 (0.82 enc, 0.85 dec, Pearson 0.93, Jaccard 0.71) *``, with a star if it is
-    shared."""
+    shared; with ``0.62 enc with 696`` if the match by encoder is another latent."""
     if partner.latent is None:
         return "none"
-    both = ((partner.cosine_encoder, "enc"), (partner.cosine_decoder, "dec"))
-    numbers = [f"{format_number(cosine)} {of}" for cosine, of in both if cosine is not None]
+    numbers = []
+    if partner.by_encoder is None:
+        numbers.append("no match by enc")
+    elif partner.cosine_encoder is not None:
+        other = f" with {partner.by_encoder}" * _differ(partner)
+        numbers.append(f"{format_number(partner.cosine_encoder)} enc{other}")
+    if partner.cosine_decoder is not None:
+        numbers.append(f"{format_number(partner.cosine_decoder)} dec")
     for name, value in (("Pearson", partner.pearson), ("Jaccard", partner.jaccard)):
         numbers.append(f"{name} {MISSING if value is None else format_number(value)}")
     unlike = " not alike" * _is_unlike(partner)
     return f"{partner.latent} ({', '.join(numbers)})" + f" *{unlike}" * partner.shared
+
+
+def _differ(partner: Partner) -> bool:
+    return partner.by_encoder not in (None, partner.latent)
 
 
 def _is_unlike(partner: Partner) -> bool:
@@ -231,6 +250,8 @@ def _legend(matches: LatentMatches) -> Iterator[str]:
         yield "*: shared by weights."
     if any(map(_is_unlike, there)):
         yield f"not alike: Pearson below {ALIKE:g}: they fire differently."
+    if any(map(_differ, there)):
+        yield "enc with: cosine with the match by encoder, which is another latent."
     if matches.reason:
         yield f"Pearson, Jaccard: activations were not compared: {matches.reason}."
         return

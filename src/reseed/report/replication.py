@@ -121,18 +121,22 @@ def _with_cosines(
 
 
 def _alike(frame: pd.DataFrame, result: CellResult) -> tuple[str, str]:
-    """Return a sentence with the number of shared matches that fire alike, and one that explains r
-    and J, or why there are none."""
+    """Return a sentence with the number of shared matches that fire alike, empty if r of
+    none is defined, and one that explains r and J, or why there are none."""
     tokens, reason = activations_of(result)
     if reason:
         return "", f"r and J of activations are {MISSING}: they were not compared: {reason}."
     seeds = [v for v in result.runs["seed"].astype(str) if f"pearson_{v}" in frame]
     # A latent of that run itself has no entry.
     shared = np.array([frame[f"shared_{v}"].eq(True).to_numpy() for v in seeds])
-    alike = shared & (np.array([_numbers(frame, f"pearson_{v}") for v in seeds]) >= ALIKE)
+    r = np.array([_numbers(frame, f"pearson_{v}") for v in seeds])[shared]
+    known, alike = int((~np.isnan(r)).sum()), int((r >= ALIKE).sum())
+    unknown = f", {r.size - known} undefined" if known < r.size else ""
     return (
-        f" **Of {int(shared.sum())} shared matches {int(alike.sum())} fire alike** (r at least "
-        f"{ALIKE:g}); similar rows alone do not prove it.",
+        f" **{alike} of {known} shared matches whose r is defined fire alike** (r at least "
+        f"{ALIKE:g}{unknown}); similar rows alone do not prove it."
+        if known
+        else "",
         f"**r** is the correlation of both latents' activations and **J** the overlap (Jaccard) of "
         f"the tokens on which they fire, on {tokens:,} held-out tokens; {MISSING} if a latent is "
         "constant there, for example never fires.",

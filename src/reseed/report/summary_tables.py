@@ -297,8 +297,10 @@ def on_activations(cells: Sequence[Cell]) -> list[Table]:
         return lacking
     count = range_text(_tokens(cell) for _, cell in known)
     intro = (
-        f"On {count} held-out tokens, over pairs matched by the decoder whose latents are both "
-        "live; **shared** pairs are those that the strict rule shares, **orphan** the other ones."
+        f"On {count} held-out tokens. **Pearson** and **Jaccard** are over pairs matched by the "
+        "decoder whose latents are both live: **shared** pairs are those that the strict rule "
+        "shares, **orphan** the other ones. **shared and alike** counts all latents, as the shared "
+        "fraction does."
     )
     return [
         cell_table(known, measure_columns("activations"), intro, *measure_notes("activations")),

@@ -8,7 +8,11 @@ import pandas as pd
 import pytest
 import torch
 
-from reseed.compare.activations.measures import WeightMatches, measure_same_activations
+from reseed.compare.activations.measures import (
+    WeightMatches,
+    measure_same_activations,
+    measure_same_tokens,
+)
 from reseed.compare.activations.tables import (
     NOTE,
     PairOnTokens,
@@ -315,6 +319,40 @@ def test_a_latent_shared_by_weights_that_fires_elsewhere_is_not_alike(
     assert cell.estimates["shared_and_alike"].mean == pytest.approx(1 / 4)
     found = np.array(cell.latents["pearson"].to_pylist()[:4], dtype=float)[:, 0]
     np.testing.assert_allclose(found, [-1 / 3, 1, np.nan, 1], atol=1e-6)
+
+
+def test_aligned_saes_of_two_models_are_as_alike_as_in_one_space(saes, x, dictionary, settings):
+    """The second model's activations are those of the first, turned, and so are its SAE's rows. The
+    matches are made in the first basis. A third SAE reads the first model."""
+    first = saes[1]
+    second = permuted(first, torch.randperm(16, generator=torch.Generator().manual_seed(3)))
+    second.b_enc[:5] = -100  # shared by weights, but never fires
+    second.b_enc[5:9] = -2
+    three = [first, second, saes[0]]
+    cell = cell_of(dictionary, three, x, replace(settings, live_at_least=60))
+    alone = with_activations(cell, measure_same_activations(three, weight_matches(cell), [x]))
+    basis = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(4)))[0]
+    turned = copy.deepcopy(second)
+    for name in ("W_enc", "W_dec", "b_dec"):
+        getattr(turned, name).copy_(getattr(second, name) @ basis)
+    three[1] = turned
+    streams = [[x], [x @ basis]]
+    found = measure_same_tokens(three, weight_matches(cell), streams, [0, 1, 0], TOKENS)
+    across = with_activations(cell, found)
+    for name in ("pearson", "jaccard"):
+        ours, theirs = (
+            np.array([row.as_py() for row in c.latents[name]], dtype=float) for c in (across, alone)
+        )
+        np.testing.assert_allclose(ours, theirs, atol=1e-4, err_msg=name)
+    names = [n for n in OF_PAIRS if n.startswith(("shared_and_alike", "agreement_"))]
+    ours, theirs = across.pairs[names].to_numpy(), alone.pairs[names].to_numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    of_two = across.pairs.iloc[0]
+    assert of_two["shared_fraction"] == 1
+    assert 0 < of_two["shared_and_alike"] <= 11 / 16
+    # Replacing a latent needs one space.
+    spaces = [n for n in OF_PAIRS if n.startswith(("substitution", "novel"))]
+    assert across.pairs[spaces].isna().to_numpy().all(1).tolist() == [True, False, True]
 
 
 def test_without_activations_nothing_is_known_to_be_alike(alike_by_rows, dictionary, settings):

@@ -141,8 +141,10 @@ def measure_same_tokens(
 ) -> ActivationMeasures:
     """Run SAEs of different activations once over the same tokens.
 
-    SAEs that read the same activations are measured as in `measure_same_activations`; for other
-    pairs, only CKA is measured. Latents of every pair are also matched by their activations.
+    SAEs that read the same activations are measured as in `measure_same_activations`. For other
+    pairs CKA is measured, and the agreement of latents that are matched by their weights in an
+    aligned basis; replacing a latent by its match needs one space and is not measured. Latents of
+    every pair are also matched by their activations.
 
     Args:
         streams: one stream per kind of activations, in pieces of any size; row i is the same token
@@ -178,8 +180,9 @@ class _Sums:
         firing: firing of each SAE.
         reads: for each SAE, the index of the activations that it reads.
         along: (target t, source s) → Σ g_j (r_t·v_j) of the latents of s; see `Contribution`.
-            `along` and `together` hold only pairs that read the same activations.
-        together: ordered pair → sums with the partners, the second best and the random latents.
+            Only for pairs that read the same activations.
+        together: ordered pair → sums with the partners and, for pairs that read the same
+            activations, with the second best and the random latents.
         error: Σ‖r‖² of each SAE.
         by_activations: latents matched by their activations, if requested.
     """
@@ -188,7 +191,7 @@ class _Sums:
     reads: Sequence[int]
     firing: list[FiringSums]
     along: dict[tuple[int, int], Tensor]
-    together: dict[tuple[int, int], Partners]
+    together: dict[tuple[int, int], Partners | tuple[PairSums]]
     cka_codes: CKA
     cka_reconstructions: CKA
     error: list[float]
@@ -215,10 +218,11 @@ class _Sums:
             together={
                 ordered: found
                 for s, t in combinations(range(n), 2)
-                if reads[s] == reads[t]
                 for ordered, found in zip(
                     ((s, t), (t, s)),
-                    _partners(units[s], units[t], sides[s, t], sides[t, s], seed),
+                    _partners(units[s], units[t], sides[s, t], sides[t, s], seed)
+                    if reads[s] == reads[t]
+                    else (_matches(sides[s, t], device), _matches(sides[t, s], device)),
                     strict=True,
                 )
             },
@@ -259,8 +263,10 @@ class _Sums:
         return ActivationMeasures(
             tokens=self.tokens,
             latents={
-                (s, t): self.latents(s, t, sides) if (s, t) in self.together else _unknown(side)
-                for (s, t), side in sides.items()
+                (s, t): self.latents(s, t, sides)
+                if self.reads[s] == self.reads[t]
+                else self.agreement_alone(s, t, sides)
+                for s, t in sides
             },
             cka_codes=self.cka_codes.values(),
             cka_reconstructions=self.cka_reconstructions.values(),
@@ -269,7 +275,7 @@ class _Sums:
 
     def latents(self, s: int, t: int, sides: AllWeightMatches) -> LatentMeasures:
         """Return the measures of the latents of s against t."""
-        side, live = sides[s, t], sides[t, s].live
+        side = sides[s, t]
         matched, second, random = (self._substitution(s, t, x) for x in self.together[s, t])
         pairs = self.together[s, t][0]
         by_encoder, by_decoder = (self._cosines(s, t, w, pairs) for w in ("W_enc", "W_dec"))
@@ -281,7 +287,23 @@ class _Sums:
             second_best=second,
             random=random,
             insertion=self._contribution(t, s).put_in / self.error[t],
-            both_live=side.live & (side.partner >= 0) & live[side.partner],
+            both_live=_both_live(side, sides[t, s]),
+        )
+
+    def agreement_alone(self, s: int, t: int, sides: AllWeightMatches) -> LatentMeasures:
+        """Return the measures of s against t, which reads other activations: those that need one
+        space are NaN."""
+        side = sides[s, t]
+        nothing = np.full(len(side.partner), np.nan)
+        none = Substitution(nothing, nothing, nothing)
+        return LatentMeasures(
+            agreement=agreement(self.firing[s], self.firing[t], self.together[s, t][0]),
+            match_cosine=nothing,
+            substitution=none,
+            second_best=none,
+            random=none,
+            insertion=nothing,
+            both_live=_both_live(side, sides[t, s]),
         )
 
     def _cosines(self, s: int, t: int, rows: str, pairs: PairSums) -> Float[Tensor, " F_A"]:
@@ -302,16 +324,16 @@ class _Sums:
         )
 
 
-def _unknown(side: WeightMatches) -> LatentMeasures:
-    """Return the measures of latents without partners: NaN."""
-    nothing = np.full(len(side.partner), np.nan)
-    none = Substitution(nothing, nothing, nothing)
-    never = np.zeros(len(side.partner), dtype=bool)
-    return LatentMeasures(Agreement(nothing, nothing), nothing, none, none, none, nothing, never)
+def _both_live(side: WeightMatches, other: WeightMatches) -> Bool[np.ndarray, " F_A"]:
+    return side.live & (side.partner >= 0) & other.live[side.partner]
 
 
 Partners = tuple[PairSums, PairSums, PairSums]
 """Sums of A's latents with their matches in B, and with hard negatives: second best, random."""
+
+
+def _matches(side: WeightMatches, device: torch.device) -> tuple[PairSums]:
+    return (PairSums.empty(torch.from_numpy(side.partner).to(device)),)
 
 
 def _partners(

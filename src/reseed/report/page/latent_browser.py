@@ -110,8 +110,9 @@ def latent_columns(rows: pa.Table) -> dict[str, Any]:
     there = [name for name in _ON_TOKENS if name in rows.column_names]
     for name in (*_OF_OTHERS, *there):
         found[name] = [_numbers(own) for own in lists(rows, name).T]
+    best = _best_match(lists(rows, "cosine_encoder"), lists(rows, "cosine_decoder"))
     for name in ("cosine_encoder", "cosine_decoder", *there):
-        found[f"best_{name}"] = _numbers(_best(lists(rows, name)))
+        found[f"best_{name}"] = _numbers(_taken(lists(rows, name), best))
     for name in _evaluated(rows):
         found[name] = rounded(rows[name])
     return found
@@ -151,10 +152,15 @@ def _place(cell: CellResult, seed: str, cells: Sequence[Cell]) -> str:
     return f"{what} {seed}" if what == "seed" else seed
 
 
-def _best(values: np.ndarray) -> np.ndarray:
-    """Return the largest value of each row; NaN where all are NaN."""
-    known = np.where(np.isnan(values), -np.inf, values).max(axis=1, initial=-np.inf)
-    return np.where(np.isinf(known), np.nan, known)
+def _best_match(encoder: np.ndarray, decoder: np.ndarray) -> np.ndarray:
+    """Return, for each latent, the index of the other run in which the smaller of both cosines is
+    largest; 0 where none has cosines."""
+    smaller = np.minimum(encoder, decoder)
+    return np.where(np.isnan(smaller), -np.inf, smaller).argmax(axis=1)
+
+
+def _taken(values: np.ndarray, at: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(values, at[:, None], axis=1)[:, 0]
 
 
 def rounded(column: pa.ChunkedArray) -> list[Any]:

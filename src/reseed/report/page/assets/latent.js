@@ -123,7 +123,7 @@ const latent = (() => {
   function agreement(run, pearson, jaccard) {
     const { tokens, reason } = run.activations;
     const unknown = (pearson ?? null) === null;
-    const why = reason ? ` (activations were not compared: ${reason})` : unknown ? " (constant on these tokens)" : "";
+    const why = reason ? ` (activations were not compared: ${reason})` : unknown ? " (undefined: the latent or its match is constant on these tokens)" : "";
     const title = `Pearson: correlation of both latents' activations; Jaccard: overlap of the tokens on which they fire; on ${words.count(tokens)} held-out tokens`;
     return element("span", { title }, `Pearson ${words.number(pearson)}, Jaccard ${words.number(jaccard)}${why}`);
   }
@@ -131,12 +131,14 @@ const latent = (() => {
   function column({ other, match, decoder, encoder, byEncoder, shared, pearson, jaccard, contexts }) {
     const run = runs()[other];
     if (match < 0) {
+      const why = decoder === null ? "rows of these runs have no common space" : "the dictionaries are of different sizes";
       return element("section", { class: "column" }, element("h3", {}, run.name),
-        element("p", { class: "match" }, "no match: the dictionaries are of different sizes"));
+        element("p", { class: "match" }, `no match: ${why}`));
     }
     const same = byEncoder === match;
-    const cosines = [`cosine decoder ${words.number(decoder)}, encoder ${words.number(encoder)}`,
-      same ? null : [" with ", element("a", { href: address(other, byEncoder) }, String(byEncoder))]];
+    const byRow = byEncoder < 0 ? "no match by encoder" : `encoder ${words.number(encoder)}`;
+    const cosines = [`cosine decoder ${words.number(decoder)}, ${byRow}`,
+      same || byEncoder < 0 ? null : [" with ", element("a", { href: address(other, byEncoder) }, String(byEncoder))]];
     const title = [`${run.name}: `, element("a", { href: address(other, match) }, String(match)), shared ? " *" : ""];
     const unlike = shared && (pearson ?? null) !== null && pearson < run.activations.alike;
     const state = shared ? (unlike ? "shared by weights, not alike" : "shared") : "not shared";

@@ -37,15 +37,16 @@ const list = (() => {
   };
   const OF_ABSORPTION = ["letter", "absorbs", "spared"];
 
+  const OF_BEST = "of the match in one other run: the one in which the smaller of both cosines is largest";
   const COLUMNS = [
     { key: "latent", head: "latent", width: "5.5rem", of: (c, i) => i },
     { key: "run", head: "run", width: "11rem", of: (c, i, r) => r, named: true },
     { key: "density", head: "density", width: "5.5rem", of: density, down: true },
     { key: "reproducibility", head: "reproducible", width: "9rem", of: (c, i) => c.reproducibility[i], down: true },
     { key: "shared", head: "shared", width: "5rem", of: (c, i) => c.shared_with[i], down: true },
-    { key: "encoder", head: "cos enc", width: "5rem", of: (c, i) => c.best_cosine_encoder[i], down: true },
-    { key: "decoder", head: "cos dec", width: "5rem", of: (c, i) => c.best_cosine_decoder[i], down: true },
-    { key: "pearson", head: "Pearson", width: "5rem", of: (c, i) => c.best_pearson?.[i], down: true },
+    { key: "encoder", head: "cos enc", width: "5rem", of: (c, i) => c.best_cosine_encoder[i], down: true, help: `encoder cosine ${OF_BEST}` },
+    { key: "decoder", head: "cos dec", width: "5rem", of: (c, i) => c.best_cosine_decoder[i], down: true, help: `decoder cosine ${OF_BEST}` },
+    { key: "pearson", head: "Pearson", width: "5rem", of: (c, i) => c.best_pearson?.[i], down: true, help: `correlation of the activations of the latent and its match by decoder, ${OF_BEST}` },
     { key: "absorption", head: "absorption", width: "10rem", of: (c, i) => c.absorption_words?.[i] ?? null, down: true, named: true },
   ];
 
@@ -174,7 +175,7 @@ const list = (() => {
       const sorted = state.sort === column.key ? (state.down ? "descending" : "ascending") : null;
       const turn = () => go({ sort: column.key, down: sorted ? !state.down : Boolean(column.down), page: 0 });
       return element("th", { scope: "col", class: column.named ? "name" : null, "aria-sort": sorted },
-        element("button", { type: "button", onclick: turn }, column.head));
+        element("button", { type: "button", title: column.help, onclick: turn }, column.head));
     });
     if (passages) heads.push(element("th", { scope: "col", class: "name" }, "fires most on"));
     const widths = shown.map((column) => element("col", { style: `width:${column.width}` }));
