@@ -136,10 +136,11 @@ def test_pairs_of_one_basis_are_planned(line: list[str], more: tuple[str, ...]) 
     ("more", "told"),
     [
         (
-            ("dataset.held_out_tokens=399", PROCRUSTES),
-            "`dataset.held_out_tokens` (=399) must be at least 400 with comparison.align="
+            ("dataset.held_out_tokens=799", PROCRUSTES),
+            "`dataset.held_out_tokens` (=799) must be at least 800 with comparison.align="
             "procrustes: the map between model=plain (tiny-llama) and model=turned (rotated-llama) "
-            "has 16 dimensions, and is fitted on 20 tokens for each; one in 5 tokens measures it",
+            "has 16 dimensions, and is fitted on 20 tokens for each; one in 5 tokens measures it, "
+            "and 2 times as many are planned, because tokens of massive norm are left out",
         ),
         (
             ("comparison.align=activations", "comparison.activation_tokens=0"),

@@ -13,9 +13,16 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from reseed.compare.alignment import MEASURED, Alignment, fit_maps, needed_tokens
+from reseed.compare.alignment import (
+    MARGIN,
+    MEASURED,
+    Alignment,
+    TooFewTokensError,
+    fit_maps,
+    needed_tokens,
+)
 from reseed.compare.config import ALIGN, ComparisonConfig
-from reseed.compare.dictionary import Dictionary
+from reseed.compare.dictionary import DIFFERENT_MODELS, Dictionary
 from reseed.config import digest
 from reseed.errors import ConfigError, ReseedError
 from reseed.experiment.resolve import Resolved
@@ -30,7 +37,7 @@ from reseed.system.console import counted, say
 from reseed.train.config import RuntimeConfig
 
 KEY = "comparison.align"
-_MOST = 8
+_MOST = 4
 """Maximum number of tokens of a map, as a multiple of the minimum."""
 _DIRECTIONS = ("seed", "dictionary", "num_features", "d_in")
 """Settings of a world that determine the directions of its features."""
@@ -136,7 +143,8 @@ def _check_number(fewest: Resolved, named: Sequence[str]) -> None:
         raise ConfigError(
             f"{{key}} (={there:,}) must be at least {needed:,} with {KEY}=procrustes: the map "
             f"between {named[0]} and {named[1]} has {fewest.d_in} dimensions, and is fitted on 20 "
-            f"tokens for each; one in {MEASURED} tokens measures it",
+            f"tokens for each; one in {MEASURED} tokens measures it, and {MARGIN} times as many "
+            "are planned, because tokens of massive norm are left out",
             "dataset.held_out_tokens",
         )
 
@@ -208,7 +216,9 @@ def aligned(
     Raises:
         ReseedError: it says nothing, and two runs are of different models.
         ConfigError: a model or the data are not found.
-        ValueError: there are too few tokens for a map.
+
+    If tokens are lacking for a map, weights of different models are not compared, and the
+    dictionaries have the reason.
     """
     identities = [run.record["identity"] for run in runs]
     apart = [
@@ -216,11 +226,16 @@ def aligned(
         for s, t in combinations(range(len(runs)), 2)
         if trained[s].d_in == trained[t].d_in and not same_basis(identities[s], identities[t])
     ]
+    own_bases = [replace(x, basis=basis_of(i)) for x, i in zip(trained, identities, strict=True)]
     if settings.align == "activations":
-        made = [replace(x, basis=basis_of(i)) for x, i in zip(trained, identities, strict=True)]
-        return made, {}
+        return own_bases, {}
     if settings.align == "procrustes" and apart:
-        return list(trained), _fit(runs, apart, settings, runtime)
+        try:
+            return list(trained), _fit(runs, apart, settings, runtime)
+        except TooFewTokensError as error:
+            say(f"  weights of different models are not compared: {error}")
+            reason = f"{DIFFERENT_MODELS}, and {error}"
+            return [replace(x, apart=reason) for x in own_bases], {}
     for s, t in apart:
         if settings.align is None and same_basis(identities[s], identities[t]) is False:
             named = [f"{run.id} ({run.record['labels']['model']})" for run in (runs[s], runs[t])]
@@ -238,7 +253,7 @@ def _fit(
     """Fit the maps between the runs of some pairs, one for each pair of places."""
     groups, reads = runs_by_activations(runs)
     wanted = sorted({(min(reads[s], reads[t]), max(reads[s], reads[t])) for s, t in apart})
-    d_in = runs[apart[0][0]].record["d_in"]
+    d_in = max(runs[s].record["d_in"] for s, _ in apart)
     tokens = min(run.record["experiment"]["dataset"]["held_out_tokens"] for run in runs)
     tokens = min(tokens, _MOST * needed_tokens(d_in))
     read = [held_out_part(own[0].record["identity"]) for own in groups]
