@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import orthogonal_procrustes
+from scipy.optimize import linear_sum_assignment
 from scipy.stats import ortho_group
 
 from reseed.compare.alignment import Alignment, TooFewTokensError, fit_maps, needed_tokens
 from reseed.compare.cell import compare_cell
-from reseed.compare.dictionary import DIFFERENT_MODELS
-from reseed.compare.pair import WEIGHTS_NOTE
+from reseed.compare.dictionary import DIFFERENT_MODELS, unit_rows
+from reseed.compare.nulls import covariance_null
+from reseed.compare.pair import WEIGHTS_NOTE, Pair
 from reseed.compare.registry import columns
 from reseed.study import alignment as study
 from reseed.train.config import RuntimeConfig
@@ -169,7 +171,9 @@ def test_a_map_gives_a_rotated_pair_the_measures_of_the_pair_itself(turned, sett
         if name in ("a", "b", "seed_a", "seed_b"):
             continue
         assert found.pairs[name].to_numpy() == pytest.approx(
-            expected.pairs[name].to_numpy(), abs=1e-4, nan_ok=True
+            expected.pairs[name].to_numpy(),
+            abs=0.01 if "covariance" in name else 1e-4,  # the null is drawn from both covariances
+            nan_ok=True,
         ), name
     assert found.pairs["shared_fraction"].min() >= 30 / 40
     assert found.pairs["untrained_shared_fraction"].equals(
@@ -200,6 +204,35 @@ def test_a_map_without_enough_tokens_costs_only_the_pairs_of_two_models(
     assert reason.startswith(f"{DIFFERENT_MODELS}, and a map of 8 dimensions needs at least 160 ")
     assert found.pairs["shared_fraction"].isna().tolist() == [False, True, True]
     assert "weights of different models are not compared: a map" in capsys.readouterr().out
+
+
+def test_the_covariances_of_a_mapped_pair_are_not_averaged(partly_shared) -> None:
+    """Activations of A are 1,000 times as long, and vary along other directions than B's."""
+    a, b = partly_shared(2, 30, d_in=16)
+    low, high = (np.diag([4.0] * 4 + [0.01] * 12), np.diag([0.01] * 12 + [1.0] * 4))
+    q, other = ortho_group.rvs(16, size=2, random_state=3)
+    turn = {"encoder": a.encoder @ q.T, "decoder": a.decoder @ q.T}
+    a = dataclasses.replace(a, **turn, covariance=1e6 * (q @ low @ q.T))
+    b = dataclasses.replace(b, covariance=high)
+    pair = Pair(a, b, alignment=Alignment(q, other, 0.5, 0, 0, 400, 100, 0))
+    assert pair.covariances[0] == pytest.approx(1e6 * low, rel=1e-6, abs=1e-4)
+    both = low / np.trace(low) + high / np.trace(high)
+    half = np.sqrt(both)
+    rows = [x.encoder.astype(float) @ half for x in pair.rows]
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in rows]
+    cosines = unit[0] @ unit[1].T
+    matched = cosines[linear_sum_assignment(-cosines)].mean()
+    assert pair.value("cosine_correlation") == pytest.approx(matched, abs=1e-5)
+    rng = np.random.default_rng(0)
+    best = []
+    for _ in range(30):
+        u = rng.standard_normal((40, 16)) @ np.sqrt(low)
+        v = rng.standard_normal((40, 16)) @ np.sqrt(high)
+        drawn = unit_rows(u) @ unit_rows(v).T
+        best.append(drawn[linear_sum_assignment(-drawn)].mean())
+    assert pair.value("null_covariance_cosine") == pytest.approx(np.mean(best), abs=0.01)
+    alone = covariance_null(40, 40, low).cosine
+    assert pair.value("null_covariance_cosine") < 0.5 * alone
 
 
 def test_runs_of_two_bases_are_not_compared_by_their_weights(partly_shared, settings) -> None:
