@@ -338,6 +338,14 @@ def test_files_that_name_no_model_give_a_notice() -> None:
         "all SAEs are of one. SAEs of different models have no common basis, and cosines of their "
         "rows mean nothing"
     )
+    worlds = [{"dataset": "generated", "model_fingerprint": own} for own in "xxy"]
+    assert check_named_models(worlds[:2], ["a", "b"], settings) == ""
+    assert check_named_models(worlds, ["a", "b", "c"], settings).startswith(
+        "notice: the files of these SAEs name different worlds, but not the directions of their "
+    )
+    drawn = {"model": "m", "model_fingerprint": "random_weights-seed0-0123456789abcdef"}
+    with pytest.raises(ConfigError, match=r"m \(weights random_weights-seed0-01234567\), b of m"):
+        check_named_models([drawn, {"model": "m", "model_fingerprint": "ff"}], ["a", "b"], settings)
     kept = dataclasses.replace(settings, align="identity")
     assert check_named_models([known, {"model": "pythia"}], ["a", "b"], kept) == ""
 
@@ -405,6 +413,12 @@ def test_a_basis_belongs_to_weights_or_directions(first: dict, other: dict, same
         ({"model": "gpt2+gaussian"}, {"model_name": "gpt2"}, True),
         ({"lm_name": "unknown"}, {"model_name": "gpt2"}, None),
         ({}, {"model_name": "gpt2"}, None),
+        (
+            {"dataset": "generated", "model_fingerprint": "x"},
+            {"dataset": "generated", "model_fingerprint": "y"},
+            None,
+        ),
+        ({"dataset": "generated", "model_fingerprint": "x"}, {"model_fingerprint": "y"}, False),
         ({"dataset": "stored", "model_fingerprint": "x", "model": "a"}, {"model": "b"}, None),
     ],
 )

@@ -41,6 +41,8 @@ _MOST = 4
 """Maximum number of tokens of a map, as a multiple of the minimum."""
 _DIRECTIONS = ("seed", "dictionary", "num_features", "d_in")
 """Settings of a world that determine the directions of its features."""
+_GENERATED = "generated"
+"""Data set of SAEs of a world."""
 _NAMES = ("model", "model_name", "lm_name")
 """Entries of the files of SAEs that name the language model."""
 
@@ -71,7 +73,9 @@ def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool | None:
     known = [x.get("dataset") != "stored" for x in (a, b)]  # stored activations name no model
     prints = [x.get("model_fingerprint") for x in (a, b)]
     if all(known) and all(prints):
-        return prints[0] == prints[1]
+        worlds = all(x.get("dataset") == _GENERATED for x in (a, b))
+        # Two worlds may have the same directions; their files do not name these.
+        return prints[0] == prints[1] or (None if worlds else False)
     names = [next((str(x[key]) for key in _NAMES if x.get(key)), "unknown") for x in (a, b)]
     if not all(known) or "unknown" in names:
         return None
@@ -185,8 +189,14 @@ def check_named_models(
                 KEY,
             )
     unknown = [source for one, source in every if same_model(one, one) is None]
-    if not unknown:
+    if not unknown and all(same_model(a, b) for a, b in combinations(metadata, 2)):
         return ""
+    if not unknown:
+        return (
+            "notice: the files of these SAEs name different worlds, but not the directions of "
+            "their features, so that nothing can check that these are the same. SAEs of worlds "
+            "with different directions have no common basis, and cosines of their rows mean nothing"
+        )
     return (
         f"notice: the files of {', '.join(unknown)} do not name a language model, so that nothing "
         "can check that all SAEs are of one. SAEs of different models have no common basis, and "
@@ -196,8 +206,9 @@ def check_named_models(
 
 def _name(metadata: Mapping[str, Any]) -> str:
     name = next((str(metadata[key]) for key in _NAMES if metadata.get(key)), "a model")
-    own = metadata.get("model_fingerprint")
-    return f"{name} (weights {str(own)[:8]})" if own else name
+    # The kind of the weights, such as random_weights-seed0, precedes their hash.
+    kind, dash, own = str(metadata.get("model_fingerprint") or "").rpartition("-")
+    return f"{name} (weights {kind}{dash}{own[:8]})" if own else name
 
 
 _fitted: dict[str, dict[tuple[int, int], Alignment]] = {}
