@@ -136,10 +136,11 @@ def test_pairs_of_one_basis_are_planned(line: list[str], more: tuple[str, ...]) 
     ("more", "told"),
     [
         (
-            ("dataset.held_out_tokens=399", PROCRUSTES),
-            "`dataset.held_out_tokens` (=399) must be at least 400 with comparison.align="
+            ("dataset.held_out_tokens=799", PROCRUSTES),
+            "`dataset.held_out_tokens` (=799) must be at least 800 with comparison.align="
             "procrustes: the map between model=plain (tiny-llama) and model=turned (rotated-llama) "
-            "has 16 dimensions, and is fitted on 20 tokens for each; one in 5 tokens measures it",
+            "has 16 dimensions, and is fitted on 20 tokens for each; one in 5 tokens measures it, "
+            "and 2 times as many are planned, because tokens of massive norm are left out",
         ),
         (
             ("comparison.align=activations", "comparison.activation_tokens=0"),
@@ -337,6 +338,14 @@ def test_files_that_name_no_model_give_a_notice() -> None:
         "all SAEs are of one. SAEs of different models have no common basis, and cosines of their "
         "rows mean nothing"
     )
+    worlds = [{"dataset": "generated", "model_fingerprint": own} for own in "xxy"]
+    assert check_named_models(worlds[:2], ["a", "b"], settings) == ""
+    assert check_named_models(worlds, ["a", "b", "c"], settings).startswith(
+        "notice: the files of these SAEs name different worlds, but not the directions of their "
+    )
+    drawn = {"model": "m", "model_fingerprint": "random_weights-seed0-0123456789abcdef"}
+    with pytest.raises(ConfigError, match=r"m \(weights random_weights-seed0-01234567\), b of m"):
+        check_named_models([drawn, {"model": "m", "model_fingerprint": "ff"}], ["a", "b"], settings)
     kept = dataclasses.replace(settings, align="identity")
     assert check_named_models([known, {"model": "pythia"}], ["a", "b"], kept) == ""
 
@@ -404,6 +413,12 @@ def test_a_basis_belongs_to_weights_or_directions(first: dict, other: dict, same
         ({"model": "gpt2+gaussian"}, {"model_name": "gpt2"}, True),
         ({"lm_name": "unknown"}, {"model_name": "gpt2"}, None),
         ({}, {"model_name": "gpt2"}, None),
+        (
+            {"dataset": "generated", "model_fingerprint": "x"},
+            {"dataset": "generated", "model_fingerprint": "y"},
+            None,
+        ),
+        ({"dataset": "generated", "model_fingerprint": "x"}, {"model_fingerprint": "y"}, False),
         ({"dataset": "stored", "model_fingerprint": "x", "model": "a"}, {"model": "b"}, None),
     ],
 )

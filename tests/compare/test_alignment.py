@@ -1,18 +1,23 @@
 """Maps between the bases of two models: against dense programs, and their laws."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import orthogonal_procrustes
+from scipy.optimize import linear_sum_assignment
 from scipy.stats import ortho_group
 
-from reseed.compare.alignment import Alignment, fit_maps, needed_tokens
+from reseed.compare.alignment import Alignment, TooFewTokensError, fit_maps, needed_tokens
 from reseed.compare.cell import compare_cell
-from reseed.compare.dictionary import DIFFERENT_MODELS
-from reseed.compare.pair import WEIGHTS_NOTE
+from reseed.compare.dictionary import DIFFERENT_MODELS, unit_rows
+from reseed.compare.nulls import covariance_null
+from reseed.compare.pair import WEIGHTS_NOTE, Pair
 from reseed.compare.registry import columns
+from reseed.study import alignment as study
+from reseed.train.config import RuntimeConfig
 
 D, TOKENS = 8, 6_000
 FITTED = 4_800
@@ -111,14 +116,26 @@ def test_the_null_of_random_weights_is_the_mean_of_both_replacements() -> None:
     assert np.isnan(one.r2_random), "the other model has random weights already"
 
 
+def test_a_map_takes_its_width_and_its_shuffle_from_its_own_streams() -> None:
+    """Neither a stream of another width nor the fits of the null change it."""
+    x, y, z = (activations(seed) for seed in (11, 12, 13))
+    wide = np.concatenate([z, z], axis=1)
+    alone = fit_maps([chunks(x, 700), chunks(y, 700)], [(0, 1)], TOKENS)[0, 1]
+    streams = [chunks(each, 700) for each in (wide, x, y)]
+    drawn = {1: chunks(z, 700), 2: chunks(z, 700)}
+    found = fit_maps(streams, [(1, 2)], TOKENS, untrained=drawn)[1, 2]
+    assert found.rotation == pytest.approx(alone.rotation, abs=1e-12)
+    assert found.shuffled == pytest.approx(alone.shuffled, abs=1e-12)
+
+
 def test_too_few_tokens_are_refused() -> None:
-    assert needed_tokens(8) == 200
+    assert needed_tokens(8) == 2 * 200
     few = activations(0)[:180]
     told = (
         "a map of 8 dimensions needs at least 160 tokens to fit and others to measure; without 0 "
         "massive ones there are 144 and 36: raise dataset.held_out_tokens"
     )
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(TooFewTokensError, match=told):
         fit_maps([chunks(few, 50), chunks(few, 50)], [(0, 1)], 180)
     with pytest.raises(ValueError, match="must hold the same tokens; got batches of 180, 179"):
         fit_maps([chunks(few, 50), chunks(few[:-1], 50)], [(0, 1)], 180)
@@ -154,7 +171,9 @@ def test_a_map_gives_a_rotated_pair_the_measures_of_the_pair_itself(turned, sett
         if name in ("a", "b", "seed_a", "seed_b"):
             continue
         assert found.pairs[name].to_numpy() == pytest.approx(
-            expected.pairs[name].to_numpy(), abs=1e-4, nan_ok=True
+            expected.pairs[name].to_numpy(),
+            abs=0.01 if "covariance" in name else 1e-4,  # the null is drawn from both covariances
+            nan_ok=True,
         ), name
     assert found.pairs["shared_fraction"].min() >= 30 / 40
     assert found.pairs["untrained_shared_fraction"].equals(
@@ -166,6 +185,54 @@ def test_a_map_gives_a_rotated_pair_the_measures_of_the_pair_itself(turned, sett
     assert np.isclose(found.p, expected.p).all()
     lost = compare_cell(moved, moved, settings)
     assert lost.pairs["shared_fraction"].tolist()[:2] == [0, 0]
+
+
+def test_a_map_without_enough_tokens_costs_only_the_pairs_of_two_models(
+    partly_shared, settings, monkeypatch, capsys
+) -> None:
+    """Two fifths of the tokens are massive in one model, and two others in the other."""
+    runs, few = partly_shared(3, 30), activations(0)[: needed_tokens(D)]
+    place = np.arange(len(few))[:, None] % 5
+    x, y = (np.where((place // 2) == k, 1_000 * few, few) for k in (0, 1))
+    fit = lambda *_: fit_maps([chunks(x, 50), chunks(y, 50)], [(0, 1)], len(few))  # noqa: E731
+    monkeypatch.setattr(study, "_fit", fit)
+    records = [SimpleNamespace(record={"identity": {"fingerprints": {"model": m}}}) for m in "aab"]
+    settings = dataclasses.replace(settings, align="procrustes")
+    made, maps = study.aligned(records, runs, settings, RuntimeConfig())  # type: ignore[arg-type]
+    found = compare_cell(made, [], settings, alignments=maps)
+    (reason,) = set(found.pairs[WEIGHTS_NOTE]) - {""}
+    assert reason.startswith(f"{DIFFERENT_MODELS}, and a map of 8 dimensions needs at least 160 ")
+    assert found.pairs["shared_fraction"].isna().tolist() == [False, True, True]
+    assert "weights of different models are not compared: a map" in capsys.readouterr().out
+
+
+def test_the_covariances_of_a_mapped_pair_are_not_averaged(partly_shared) -> None:
+    """Activations of A are 1,000 times as long, and vary along other directions than B's."""
+    a, b = partly_shared(2, 30, d_in=16)
+    low, high = (np.diag([4.0] * 4 + [0.01] * 12), np.diag([0.01] * 12 + [1.0] * 4))
+    q, other = ortho_group.rvs(16, size=2, random_state=3)
+    turn = {"encoder": a.encoder @ q.T, "decoder": a.decoder @ q.T}
+    a = dataclasses.replace(a, **turn, covariance=1e6 * (q @ low @ q.T))
+    b = dataclasses.replace(b, covariance=high)
+    pair = Pair(a, b, alignment=Alignment(q, other, 0.5, 0, 0, 400, 100, 0))
+    assert pair.covariances[0] == pytest.approx(1e6 * low, rel=1e-6, abs=1e-4)
+    both = low / np.trace(low) + high / np.trace(high)
+    half = np.sqrt(both)
+    rows = [x.encoder.astype(float) @ half for x in pair.rows]
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in rows]
+    cosines = unit[0] @ unit[1].T
+    matched = cosines[linear_sum_assignment(-cosines)].mean()
+    assert pair.value("cosine_correlation") == pytest.approx(matched, abs=1e-5)
+    rng = np.random.default_rng(0)
+    best = []
+    for _ in range(30):
+        u = rng.standard_normal((40, 16)) @ np.sqrt(low)
+        v = rng.standard_normal((40, 16)) @ np.sqrt(high)
+        drawn = unit_rows(u) @ unit_rows(v).T
+        best.append(drawn[linear_sum_assignment(-drawn)].mean())
+    assert pair.value("null_covariance_cosine") == pytest.approx(np.mean(best), abs=0.01)
+    alone = covariance_null(40, 40, low).cosine
+    assert pair.value("null_covariance_cosine") < 0.5 * alone
 
 
 def test_runs_of_two_bases_are_not_compared_by_their_weights(partly_shared, settings) -> None:

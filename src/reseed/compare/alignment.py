@@ -30,6 +30,9 @@ MEASURED = 5
 MASSIVE = 10.0
 """A token is left out if the norm of its activation in either model exceeds the median norm by this
 factor: a few massive activations, as of the first positions, would decide the map alone."""
+MARGIN = 2
+"""Planned tokens, as a multiple of those that a map needs: massive ones are known only when the
+activations have been read."""
 _BLOCK = 4_096
 """Number of tokens that are read, and shuffled, at once; the first give the median norm."""
 
@@ -83,8 +86,13 @@ def mapped_rows(
 
 
 def needed_tokens(d_in: int) -> int:
-    """Return the minimum number of held-out tokens from which a map can be fitted and measured."""
-    return FIT_TOKENS * d_in * MEASURED // (MEASURED - 1)
+    """Return the minimum number of held-out tokens to plan for a map: `MARGIN` times those from
+    which it can be fitted and measured if none is massive."""
+    return MARGIN * FIT_TOKENS * d_in * MEASURED // (MEASURED - 1)
+
+
+class TooFewTokensError(ValueError):
+    """Too few tokens are left for a map, without the massive ones."""
 
 
 @dataclass(eq=False)
@@ -162,16 +170,17 @@ def r_squared(rotation: Float[Tensor, "d_in d_in"], fit: PairedSums, measured: P
 
 @dataclass(eq=False)
 class _Fit:
-    """The sums of one pair of places."""
+    """The sums of one pair of places; those of shuffled tokens only if they are wanted."""
 
     fit: PairedSums
-    shuffled: PairedSums
     measured: PairedSums
+    shuffled: PairedSums | None = None
     massive: int = 0
 
     @classmethod
-    def empty(cls, like: Float[Tensor, "tokens d_in"]) -> Self:
-        return cls(PairedSums.empty(like), PairedSums.empty(like), PairedSums.empty(like))
+    def empty(cls, like: Float[Tensor, "tokens d_in"], shuffled: bool) -> Self:
+        fit, measured = PairedSums.empty(like), PairedSums.empty(like)
+        return cls(fit, measured, PairedSums.empty(like) if shuffled else None)
 
     def add(
         self,
@@ -186,20 +195,29 @@ class _Fit:
         first, rest = (kept[:fitted], kept[fitted:])
         u, v = x[:fitted][first].double(), y[:fitted][first].double()
         self.fit.add(u, v)
-        self.shuffled.add(u, v[torch.randperm(len(v), generator=random).to(v.device)])
+        if self.shuffled is not None:
+            self.shuffled.add(u, v[torch.randperm(len(v), generator=random).to(v.device)])
         self.measured.add(x[fitted:][rest].double(), y[fitted:][rest].double())
 
+    @property
+    def enough(self) -> bool:
+        return self.fit.tokens >= FIT_TOKENS * len(self.fit.x) and self.measured.tokens > 0
+
     def r2(self) -> float:
+        """Return R² of the map; NaN if too few tokens are left for it."""
+        if not self.enough:
+            return float("nan")
         return r_squared(procrustes(self.fit), self.fit, self.measured)
 
     def alignment(self, r2_random: float) -> Alignment:
         d_in = len(self.fit.x)
-        if self.fit.tokens < FIT_TOKENS * d_in or not self.measured.tokens:
-            raise ValueError(
+        if not self.enough:
+            raise TooFewTokensError(
                 f"a map of {d_in} dimensions needs at least {FIT_TOKENS * d_in:,} tokens to fit "
                 f"and others to measure; without {self.massive:,} massive ones there are "
                 f"{self.fit.tokens:,} and {self.measured.tokens:,}: raise dataset.held_out_tokens"
             )
+        assert self.shuffled is not None
         rotation, shuffled = procrustes(self.fit), procrustes(self.shuffled)
         return Alignment(
             rotation=rotation.cpu().numpy(),
@@ -233,7 +251,8 @@ def fit_maps(
         seed: seed of the shuffled tokens.
 
     Raises:
-        ValueError: too few tokens are left for a map, or streams differ in length.
+        TooFewTokensError: too few tokens are left for a map.
+        ValueError: streams differ in length.
     """
     pairs, untrained = list(pairs), dict(untrained or {})
     drawn = {place: len(streams) + i for i, place in enumerate(untrained)}
@@ -254,7 +273,7 @@ def fit_maps(
             raise ValueError(f"the streams must hold the same tokens; got batches of {counts}")
         norms = [torch.linalg.vector_norm(x.float(), dim=1) for x in xs]
         limits = limits or [MASSIVE * norm.median() for norm in norms]
-        sums = sums or {pair: _Fit.empty(xs[0]) for pair in wanted}
+        sums = sums or {pair: _Fit.empty(xs[pair[0]], pair in pairs) for pair in wanted}
         kept = [norm <= limit for norm, limit in zip(norms, limits, strict=True)]
         for (i, j), own in sums.items():
             own.add(xs[i], xs[j], kept[i] & kept[j], max(0, fitted - start), random)

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float
 
 from reseed.compare.alignment import Alignment
-from reseed.compare.config import ComparisonConfig
+from reseed.compare.config import ComparisonConfig, value_axes
 from reseed.compare.dictionary import Dictionary, Rows, incompatible, no_common_space
 from reseed.compare.matching import Matcher, match
 from reseed.compare.nearest import find_duplicates
@@ -101,6 +101,17 @@ class CellResult:
     def num_latents(self) -> int:
         """Number of latents of the widest run."""
         return int(self.runs["num_latents"].to_numpy().max())
+
+    @property
+    def compares_models(self) -> bool:
+        """True if weights of two models are compared: by a map, or as they are if the paired axes
+        choose the model."""
+        if self.settings.align == "procrustes":
+            return "map_r2" in self.pairs
+        axes = value_axes(self.settings.pair_by)
+        if self.settings.align is None:
+            return "model" in axes
+        return any(axis.split(".")[0] in ("model", "surrogate", "source") for axis in axes)
 
     @property
     def held_out_tokens(self) -> int:

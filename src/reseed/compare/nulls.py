@@ -5,16 +5,15 @@
 2. *Covariance*: rows are drawn with the covariance of the activations. Dictionaries of one data set
    share it even without a common feature; rows concentrate on few directions and are nearer to each
    other.
-3. The untrained pair, and SAEs trained on Gaussian activations
-   of the same covariance, which are separate runs.
+3. The untrained pair, and SAEs trained on Gaussian activations of the same covariance (other runs).
 
-In the first two, rows of A and B are independent, and so are encoder and decoder. The independence
-of encoder and decoder is a choice: with tied rows, as at initialisation, both matchings are the
-same and agree by construction; the untrained pair shows that overlap.
+In the first two, rows of A and B are independent, and so are encoder and decoder. This is a choice:
+tied rows, as at initialisation, agree by construction; the untrained pair shows that overlap.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import log
@@ -36,16 +35,13 @@ name. The null that preserves least of the model comes first."""
 MAX_SIMULATED_LATENTS = 4096
 """Maximum number of simulated latents per side. At this size and d_in 768 the six matchings of the
 isotropic null take about 5 s of one core; with a covariance, which needs nearest rows too, 11 s. At
-16,384 they would take about 40 and 65 s (single readings) for each size and covariance, e.g. of
-every layer, only to improve a mean cosine that was right within .001, with a covariance within 1%.
+16,384 they would take about 40 and 65 s, only to improve a mean cosine that was right within 1%.
 """
-_ROWS = 2048
-"""Number of rows over which the mean best cosine of the covariance null is computed."""
-_BLOCK, _LEAVES = 4096, 4096
-"""Number of other rows drawn at a time (also the minimum in total); approximate maximum number of
-parts of them whose maxima are stored."""
+_ROWS, _BLOCK, _LEAVES = 2048, 4096, 4096
+"""Number of rows over which the mean best cosine of the covariance null is computed; number of
+other rows drawn at a time (also the minimum in total); maximum number of their parts, roughly."""
 _SIZE_RATIO = 4
-"""Size ratio of the two simulations from which the covariance null is extrapolated."""
+"""Size ratio of the simulations from which the covariance null is extrapolated."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +84,7 @@ def isotropic_null(
     an integral, and matching is about as good as the best of fewer rows, ``matched(m) ≈
     best(κ·m)`` with κ independent of m. In one check (``tests/compare/test_nulls.py`` repeats 256 →
     1,024 of 64 dimensions, within .002) with equal sides of 128 to 8,192 latents and
-    d_in of 64 to 768, κ stayed within .62 and .66; a κ fixed at .63 was right within .001
-    everywhere, and at d_in = 128 extrapolating 4,096 → 8,192 by the κ of 4,096 was within .001.
+    d_in of 64 to 768, κ stayed within .62 and .66; a κ fixed at .63 was right within .001.
     """
     smaller, larger = sorted((num_latents_a, num_latents_b))
     n, m = _simulated(smaller, larger)
@@ -131,23 +126,22 @@ def _draw(
     m: int,
     d_in: int,
     threshold: float,
-    scale: Float[np.ndarray, "d_in d_in"] | None = None,
+    scales: Sequence[Float[np.ndarray, "d_in d_in"]] | None = None,
 ) -> _Drawn:
     """Draw and match one random pair.
 
     Args:
-        scale: root of the covariance of the rows; the identity by default. With it, `lost` is
-            computed.
+        scales: roots of the covariances of both sides, or of all rows; without, `lost` is 0.
     """
 
-    def rows(number: int) -> Float[np.ndarray, "number d_in"]:
+    def rows(number: int, side: int) -> Float[np.ndarray, "number d_in"]:
         drawn = rng.standard_normal((number, d_in))
-        return drawn if scale is None else drawn @ scale.T
+        return drawn if scales is None else drawn @ scales[side].T
 
     def matched() -> tuple[Matching, float]:
-        a, b = rows(n), rows(m)
+        a, b = rows(n, 0), rows(m, -1)
         found = match(a, b)
-        return found, 0.0 if scale is None else _nearest(a, b) - float(found.cosines.mean())
+        return found, 0.0 if scales is None else _nearest(a, b) - float(found.cosines.mean())
 
     (encoder, lost), (decoder, lost_too) = matched(), matched()
     near = (encoder.cosines >= threshold) & (decoder.cosines >= threshold)
@@ -175,59 +169,64 @@ def covariance_null(
     threshold: float = 0.7,
     seed: int = 0,
     draws: int = 3,
+    other: Float[np.ndarray, "d_in d_in"] | None = None,
 ) -> Null:
     """Simulate the matched null of rows from N(0, Σ); deterministic, same for (A, B) and (B, A).
+    With ``other``, rows of B have this covariance; (B, A) is then the same but for the draws.
 
     Above `MAX_SIMULATED_LATENTS` the mean matched cosine is extrapolated as in `isotropic_null`,
     ``matched(m) ≈ best(κ·m)``, with two differences: ``best`` is simulated, as there is no formula,
     and κ falls as a power of m, because rows compete more the more of them there are. The power is
-    fitted to two sizes a factor of 4 apart. (The fit uses ``best − matched`` of each draw, which
-    varies less between draws than either term.) In checks made once, with spectra 1/k, 1/√k and
-    1/k², d_in of 64 and 128, and 256 or 512 latents extrapolated to 1,536, the result was right
-    within 1% on average over draws and within 2% in each; with a constant κ it was 3% off.
+    fitted to two sizes a factor of 4 apart, by ``best − matched``, which varies less over draws
+    than either term. In checks with spectra 1/k, 1/√k and 1/k², d_in of 64 and 128, and 256 or 512
+    latents extrapolated to 1,536, the result was right within 2%; with a constant κ it was 3% off.
 
     The coverage is E[1 − (1 − q_enc·q_dec)^F]; q is the probability that another row has a cosine
     ≥ τ to a given row, estimated from the same draws.
     """
-    exact = np.ascontiguousarray(covariance, dtype=np.float64)
     sizes = sorted((num_latents_a, num_latents_b))
-    return _covariance_null(*sizes, exact.tobytes(), len(exact), threshold, seed, draws)
+    both = [own for own in (covariance, other) if own is not None]
+    both = both if num_latents_a <= num_latents_b else both[::-1]
+    exact = tuple(np.ascontiguousarray(own, dtype=np.float64).tobytes() for own in both)
+    return _covariance_null(*sizes, exact, len(covariance), threshold, seed, draws)
 
 
 @lru_cache(maxsize=4)
 def _covariance_null(
     smaller: int,
     larger: int,
-    covariance: bytes,
+    covariances: tuple[bytes, ...],
     d_in: int,
     threshold: float,
     seed: int,
     draws: int,
 ) -> Null:
-    scale = root(np.frombuffer(covariance).reshape(d_in, d_in))
+    scales = [root(np.frombuffer(own).reshape(d_in, d_in)) for own in covariances]
     n, m = _simulated(smaller, larger)
     rng = np.random.default_rng([seed, n, m, d_in, 1])
-    cosine, shared, lost = _draws(rng, draws, n, m, d_in, threshold, scale)
-    pool = _Pool.drawn(rng, max(larger, _BLOCK), scale, threshold)
+    cosine, shared, lost = _draws(rng, draws, n, m, d_in, threshold, scales)
+    pool = _Pool.drawn(rng, max(larger, _BLOCK), scales, threshold)
     if m < larger:
         few_n, few_m = max(1, n // _SIZE_RATIO), max(1, m // _SIZE_RATIO)
-        few = _draws(rng, _SIZE_RATIO * draws, few_n, few_m, d_in, threshold, scale)
+        few = _draws(rng, _SIZE_RATIO * draws, few_n, few_m, d_in, threshold, scales)
         kappa_of_few = pool.rows_for(pool.best(few_m) - few.lost) / few_m
         kappa_of_many = pool.rows_for(pool.best(m) - lost) / m
         power = log(kappa_of_many / kappa_of_few) / log(m / few_m)
         cosine = pool.best(larger * kappa_of_many * (larger / m) ** power)
+    others = max(smaller, _BLOCK)
+    back = pool if len(scales) == 1 else _Pool.drawn(rng, others, scales[::-1], threshold)
     return Null(
         cosine=cosine,
-        best=(pool.best(smaller) + pool.best(larger)) / 2,
+        best=(back.best(smaller) + pool.best(larger)) / 2,
         shared_fraction=2 * shared / (n + m),
-        coverage=(pool.covered(smaller) + pool.covered(larger)) / 2,
+        coverage=(back.covered(smaller) + pool.covered(larger)) / 2,
         simulated_latents=m,
     )
 
 
 @dataclass(frozen=True, eq=False)
 class _Pool:
-    """Cosines of some rows, drawn with a covariance, to the nearest of many other rows.
+    """Cosines of some rows, drawn with a covariance, to the nearest of many with it or another.
 
     Attributes:
         counts: numbers of other rows, doubling up to all of them.
@@ -245,17 +244,17 @@ class _Pool:
         cls,
         rng: np.random.Generator,
         others: int,
-        scale: Float[np.ndarray, "d_in d_in"],
+        scales: Sequence[Float[np.ndarray, "d_in d_in"]],
         threshold: float,
     ) -> _Pool:
-        def draw(number: int) -> Float[np.ndarray, "number d_in"]:
-            return unit32(rng.standard_normal((number, len(scale))) @ scale.T)
+        def draw(number: int, side: int) -> Float[np.ndarray, "number d_in"]:
+            return unit32(rng.standard_normal((number, len(scales[side]))) @ scales[side].T)
 
-        rows, leaf = draw(_ROWS), max(1, others // _LEAVES)
+        rows, leaf = draw(_ROWS, 0), max(1, others // _LEAVES)
         near, maxima = np.zeros(_ROWS), []
         for start in range(0, others, _BLOCK // leaf * leaf):
             number = min(_BLOCK // leaf * leaf, others - start)
-            products = rows @ draw(number).T
+            products = rows @ draw(number, -1).T
             near += (products >= threshold).sum(axis=1)
             maxima.append(np.maximum.reduceat(products, np.arange(0, number, leaf), axis=1))
         leaves = np.concatenate(maxima, axis=1)
@@ -366,7 +365,8 @@ def isotropic(pair: Pair) -> tuple[float, ...]:
 def of_covariance(pair: Pair) -> tuple[float, ...]:
     drawn = pair.threshold, pair.null_seed, pair.null_draws
     sizes = pair.first.num_latents, pair.second.num_latents
-    null = covariance_null(*sizes, pair.covariance, *drawn)
+    own, *other = pair.covariances
+    null = covariance_null(*sizes, own, *drawn, *other)
     found = null.cosine, null.best, null.shared_fraction, null.coverage
     return (*found, kappa(shared_fraction(pair), null.shared_fraction))
 

@@ -212,23 +212,26 @@ class Pair(View):
         return self.by_encoder if self.tied else self.matcher(*(x.joint() for x in self.rows))
 
     @property
-    def covariance(self) -> Float[np.ndarray, "d_in d_in"]:
-        """Mean of the covariances of the activations that both runs read; both must be known."""
+    def covariances(self) -> tuple[Float[np.ndarray, "d_in d_in"], ...]:
+        """Covariances of what A and B read, in B's basis; without a map only their mean."""
         a, b = self.first.covariance, self.second.covariance
         assert a is not None
         assert b is not None
         if self.alignment:
-            a = self.alignment.of_covariance(a)
-        return (a.astype(np.float64) + b) / 2
+            return self.alignment.of_covariance(a), b.astype(np.float64)
+        return ((a.astype(np.float64) + b) / 2,)
 
     @cached_property
     def by_correlation(self) -> Matching:
         """The matching by eᵀΣe' / √(eᵀΣe · e'ᵀΣe'), the correlation of pre-activations.
 
         Directions of low variance, in which encoders keep their start, hardly count. Implemented as
-        a matching of rows multiplied by a root of Σ.
+        a matching of rows multiplied by a root of Σ; that of two models is the mean at equal trace.
         """
-        scale = root(self.covariance)
+        mean, *other = self.covariances
+        if other:
+            mean = mean / np.trace(mean) + other[0] / np.trace(other[0])
+        scale = root(mean)
         return self.matcher(*(x.encoder @ scale for x in self.rows))
 
     @cached_property
@@ -360,12 +363,7 @@ class CellRuns(View):
 
 @dataclass(frozen=True, eq=False)
 class RunInCell(View):
-    """One run of a cell.
-
-    Attributes:
-        cell: the cell.
-        index: the run's place in it.
-    """
+    """One run of a cell, at the place ``index`` in it."""
 
     cell: CellRuns
     index: int

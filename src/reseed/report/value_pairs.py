@@ -204,7 +204,7 @@ def _footnotes(
         notes.append(minus_within_note(shown, primary, confidence))
     if any(incompatible(group) for group in shown):
         notes.append(_on_same_tokens(shown, settings.threshold))
-    elif settings.align or any("model" in value_axes(c.settings.pair_by) for _, c in cells):
+    elif any(cell.compares_models for _, cell in cells):
         notes += _OF_MODELS.get(settings.align, ())
     if len(shown) < len(every):
         notes.append(

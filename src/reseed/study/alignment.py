@@ -13,9 +13,16 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
-from reseed.compare.alignment import MEASURED, Alignment, fit_maps, needed_tokens
+from reseed.compare.alignment import (
+    MARGIN,
+    MEASURED,
+    Alignment,
+    TooFewTokensError,
+    fit_maps,
+    needed_tokens,
+)
 from reseed.compare.config import ALIGN, ComparisonConfig
-from reseed.compare.dictionary import Dictionary
+from reseed.compare.dictionary import DIFFERENT_MODELS, Dictionary
 from reseed.config import digest
 from reseed.errors import ConfigError, ReseedError
 from reseed.experiment.resolve import Resolved
@@ -30,10 +37,12 @@ from reseed.system.console import counted, say
 from reseed.train.config import RuntimeConfig
 
 KEY = "comparison.align"
-_MOST = 8
+_MOST = 4
 """Maximum number of tokens of a map, as a multiple of the minimum."""
 _DIRECTIONS = ("seed", "dictionary", "num_features", "d_in")
 """Settings of a world that determine the directions of its features."""
+_GENERATED = "generated"
+"""Data set of SAEs of a world."""
 _NAMES = ("model", "model_name", "lm_name")
 """Entries of the files of SAEs that name the language model."""
 
@@ -64,7 +73,9 @@ def same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool | None:
     known = [x.get("dataset") != "stored" for x in (a, b)]  # stored activations name no model
     prints = [x.get("model_fingerprint") for x in (a, b)]
     if all(known) and all(prints):
-        return prints[0] == prints[1]
+        worlds = all(x.get("dataset") == _GENERATED for x in (a, b))
+        # Two worlds may have the same directions; their files do not name these.
+        return prints[0] == prints[1] or (None if worlds else False)
     names = [next((str(x[key]) for key in _NAMES if x.get(key)), "unknown") for x in (a, b)]
     if not all(known) or "unknown" in names:
         return None
@@ -136,7 +147,8 @@ def _check_number(fewest: Resolved, named: Sequence[str]) -> None:
         raise ConfigError(
             f"{{key}} (={there:,}) must be at least {needed:,} with {KEY}=procrustes: the map "
             f"between {named[0]} and {named[1]} has {fewest.d_in} dimensions, and is fitted on 20 "
-            f"tokens for each; one in {MEASURED} tokens measures it",
+            f"tokens for each; one in {MEASURED} tokens measures it, and {MARGIN} times as many "
+            "are planned, because tokens of massive norm are left out",
             "dataset.held_out_tokens",
         )
 
@@ -177,8 +189,14 @@ def check_named_models(
                 KEY,
             )
     unknown = [source for one, source in every if same_model(one, one) is None]
-    if not unknown:
+    if not unknown and all(same_model(a, b) for a, b in combinations(metadata, 2)):
         return ""
+    if not unknown:
+        return (
+            "notice: the files of these SAEs name different worlds, but not the directions of "
+            "their features, so that nothing can check that these are the same. SAEs of worlds "
+            "with different directions have no common basis, and cosines of their rows mean nothing"
+        )
     return (
         f"notice: the files of {', '.join(unknown)} do not name a language model, so that nothing "
         "can check that all SAEs are of one. SAEs of different models have no common basis, and "
@@ -188,8 +206,9 @@ def check_named_models(
 
 def _name(metadata: Mapping[str, Any]) -> str:
     name = next((str(metadata[key]) for key in _NAMES if metadata.get(key)), "a model")
-    own = metadata.get("model_fingerprint")
-    return f"{name} (weights {str(own)[:8]})" if own else name
+    # The kind of the weights, such as random_weights-seed0, precedes their hash.
+    kind, dash, own = str(metadata.get("model_fingerprint") or "").rpartition("-")
+    return f"{name} (weights {kind}{dash}{own[:8]})" if own else name
 
 
 _fitted: dict[str, dict[tuple[int, int], Alignment]] = {}
@@ -208,7 +227,9 @@ def aligned(
     Raises:
         ReseedError: it says nothing, and two runs are of different models.
         ConfigError: a model or the data are not found.
-        ValueError: there are too few tokens for a map.
+
+    If tokens are lacking for a map, weights of different models are not compared, and the
+    dictionaries have the reason.
     """
     identities = [run.record["identity"] for run in runs]
     apart = [
@@ -216,11 +237,16 @@ def aligned(
         for s, t in combinations(range(len(runs)), 2)
         if trained[s].d_in == trained[t].d_in and not same_basis(identities[s], identities[t])
     ]
+    own_bases = [replace(x, basis=basis_of(i)) for x, i in zip(trained, identities, strict=True)]
     if settings.align == "activations":
-        made = [replace(x, basis=basis_of(i)) for x, i in zip(trained, identities, strict=True)]
-        return made, {}
+        return own_bases, {}
     if settings.align == "procrustes" and apart:
-        return list(trained), _fit(runs, apart, settings, runtime)
+        try:
+            return list(trained), _fit(runs, apart, settings, runtime)
+        except TooFewTokensError as error:
+            say(f"  weights of different models are not compared: {error}")
+            reason = f"{DIFFERENT_MODELS}, and {error}"
+            return [replace(x, apart=reason) for x in own_bases], {}
     for s, t in apart:
         if settings.align is None and same_basis(identities[s], identities[t]) is False:
             named = [f"{run.id} ({run.record['labels']['model']})" for run in (runs[s], runs[t])]
@@ -238,7 +264,7 @@ def _fit(
     """Fit the maps between the runs of some pairs, one for each pair of places."""
     groups, reads = runs_by_activations(runs)
     wanted = sorted({(min(reads[s], reads[t]), max(reads[s], reads[t])) for s, t in apart})
-    d_in = runs[apart[0][0]].record["d_in"]
+    d_in = max(runs[s].record["d_in"] for s, _ in apart)
     tokens = min(run.record["experiment"]["dataset"]["held_out_tokens"] for run in runs)
     tokens = min(tokens, _MOST * needed_tokens(d_in))
     read = [held_out_part(own[0].record["identity"]) for own in groups]
