@@ -128,7 +128,7 @@ def test_metrics_are_numbers_or_none(result: Result) -> None:
         if name.endswith(("prompts_low", "prompts_high")):
             assert value is None  # two prompt seeds are too few for an interval
         elif value is None:
-            # Where all words are equal there is no interval.
+            # Words that are all equal have no interval.
             mean = name.removesuffix("_low").removesuffix("_high").removesuffix("_words")
             assert "_words_" in name
             assert result.metrics[mean] in (0, 1), name

@@ -51,7 +51,7 @@ class Dictionary:
             the held-out tokens; None if it was not stored.
         basis: names the space of the rows: rows of two bases have no cosine, even if ``d_in`` is
             equal. By default all dictionaries have one basis.
-        apart: the reason that is given for pairs of two bases.
+        incompatible: the reason that is given for pairs of two bases.
 
     Raises:
         ValueError: shapes that disagree, counts out of range.
@@ -69,7 +69,7 @@ class Dictionary:
     covariance: Float[np.ndarray, "d_in d_in"] | None = None
     variance: Float[np.ndarray, " num_latents"] | None = None
     basis: str = ""
-    apart: str = "runs of different language models have no common basis"
+    incompatible: str = "runs of different language models have no common basis"
 
     def __post_init__(self) -> None:
         if not self.id:
@@ -172,14 +172,14 @@ def any_incompatible(trained: Sequence[Dictionary]) -> bool:
 
 
 DIFFERENT_WIDTHS = "runs of different `d_in` have no common space"
-DIFFERENT_MODELS = Dictionary.apart
+DIFFERENT_MODELS = Dictionary.incompatible
 
 
 def no_common_space(trained: Sequence[Dictionary]) -> str:
     """Return the reason why the weights of some of the runs are not compared; "" if they are."""
     if not any_incompatible(trained):
         return ""
-    return DIFFERENT_WIDTHS if len({x.d_in for x in trained}) > 1 else trained[0].apart
+    return DIFFERENT_WIDTHS if len({x.d_in for x in trained}) > 1 else trained[0].incompatible
 
 
 def root(covariance: Float[np.ndarray, "d_in d_in"]) -> Float[np.ndarray, "d_in d_in"]:

@@ -232,7 +232,7 @@ def aligned(
     dictionaries have the reason.
     """
     identities = [run.record["identity"] for run in runs]
-    apart = [
+    pairs = [
         (s, t)
         for s, t in combinations(range(len(runs)), 2)
         if trained[s].d_in == trained[t].d_in and not same_basis(identities[s], identities[t])
@@ -240,14 +240,14 @@ def aligned(
     own_bases = [replace(x, basis=basis_of(i)) for x, i in zip(trained, identities, strict=True)]
     if settings.align == "activations":
         return own_bases, {}
-    if settings.align == "procrustes" and apart:
+    if settings.align == "procrustes" and pairs:
         try:
-            return list(trained), _fit(runs, apart, settings, runtime)
+            return list(trained), _fit(runs, pairs, settings, runtime)
         except TooFewTokensError as error:
             say(f"  weights of different models are not compared: {error}")
             reason = f"{DIFFERENT_MODELS}, and {error}"
-            return [replace(x, apart=reason) for x in own_bases], {}
-    for s, t in apart:
+            return [replace(x, incompatible=reason) for x in own_bases], {}
+    for s, t in pairs:
         if settings.align is None and same_basis(identities[s], identities[t]) is False:
             named = [f"{run.id} ({run.record['labels']['model']})" for run in (runs[s], runs[t])]
             text = _unset(named, trained[s].d_in, token_mismatch([identities[s], identities[t]]))
@@ -257,14 +257,14 @@ def aligned(
 
 def _fit(
     runs: Sequence[Run],
-    apart: Sequence[tuple[int, int]],
+    pairs: Sequence[tuple[int, int]],
     settings: ComparisonConfig,
     runtime: RuntimeConfig,
 ) -> dict[tuple[int, int], Alignment]:
     """Fit the maps between the runs of some pairs, one for each pair of places."""
     groups, reads = runs_by_activations(runs)
-    wanted = sorted({(min(reads[s], reads[t]), max(reads[s], reads[t])) for s, t in apart})
-    d_in = max(runs[s].record["d_in"] for s, _ in apart)
+    wanted = sorted({(min(reads[s], reads[t]), max(reads[s], reads[t])) for s, t in pairs})
+    d_in = max(runs[s].record["d_in"] for s, _ in pairs)
     tokens = min(run.record["experiment"]["dataset"]["held_out_tokens"] for run in runs)
     tokens = min(tokens, _MOST * needed_tokens(d_in))
     read = [held_out_part(own[0].record["identity"]) for own in groups]
@@ -292,5 +292,5 @@ def _fit(
         (s, t): found[reads[s], reads[t]]
         if (reads[s], reads[t]) in found
         else found[reads[t], reads[s]].reversed()
-        for s, t in apart
+        for s, t in pairs
     }

@@ -147,12 +147,12 @@ def check_pairs(launch: Launch, settings: ComparisonConfig) -> None:
             )
         seen: dict[str, Job] = {}
         for i, job in enumerate(jobs):
-            for apart in jobs[:i]:
-                both = apart.resolved, job.resolved
-                places = _place(arm, apart), _place(arm, job)
+            for earlier in jobs[:i]:
+                both = earlier.resolved, job.resolved
+                places = _place(arm, earlier), _place(arm, job)
                 notices.append(check_bases(*both, places, settings))
                 if both[0].d_in != both[1].d_in:
-                    _check_tokens(arm, apart, job, settings, key)
+                    _check_tokens(arm, earlier, job, settings, key)
             other = seen.setdefault(job.resolved.signature, job)
             if other is not job:
                 raise ConfigError(
